@@ -123,7 +123,9 @@ class _Rows:
         names = parts[0]._row_fields().keys()
         for part in parts[1:]:
             if part.size != parts[0].size or part._row_fields().keys() != names:  # type: ignore[attr-defined]
-                raise ShapeError(f"{cls.__name__}.cat: sizes or fields differ; bring all parts to one frame and one set of fields")
+                raise ShapeError(
+                    f"{cls.__name__}.cat: sizes or fields differ; bring all parts to one frame and one set of fields"
+                )
         joined = {n: _join([getattr(p, n) for p in parts]) for n in names}
         return replace(parts[0], **joined)  # type: ignore[type-var]
 
@@ -132,7 +134,9 @@ class _Rows:
         n = len(self)
         shape = f"[{n}" + ", ·" * (dims - 1 - (last is not None)) + (f", {last}]" if last is not None else "]")
         if not isinstance(value, Tensor):
-            raise ShapeError(f"{type(self).__name__}.{name}: expected a {kind} tensor {shape}, got {type(value).__name__}")
+            raise ShapeError(
+                f"{type(self).__name__}.{name}: expected a {kind} tensor {shape}, got {type(value).__name__}"
+            )
         wrong = value.ndim != dims or value.shape[0] != n or (last is not None and value.shape[-1] != last)
         if wrong or value.dtype != kind:
             got = f"{value.dtype} {list(value.shape)}"
@@ -375,6 +379,7 @@ class Outputs(NamedTuple):
         auxiliary: dense outputs that only training uses, by name.
         points: float32 [L, 2] xy, px: the place in the network's input that a location stands for.
         level: int64 [L], 0 for P3.
+        shapes: (H, W) of the map of every level.
     """
 
     logits: Tensor
@@ -386,3 +391,4 @@ class Outputs(NamedTuple):
     controller: Tensor | None = None
     mask_features: Tensor | None = None
     auxiliary: dict[str, Tensor] = {}
+    shapes: tuple[Size, ...] = ()
