@@ -199,8 +199,10 @@ def test_exif_rotation_is_applied() -> None:
 def test_gray_palette_alpha_and_16_bit_pictures_become_rgb() -> None:
     deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
     assert pixels(as_picture(deep)).min() == 255
-    shallow = Image.fromarray(np.full((8, 8), 200, np.int32))
-    assert pixels(as_picture(shallow)).max() == 200
+    wide = Image.fromarray(np.array([[-5, 0], [5, 15]], np.int32))
+    assert pixels(as_picture(wide))[..., 0].tolist() == [[0, 64], [128, 255]]
+    glass = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert pixels(as_picture(glass)).min() == 255
     for mode in ("L", "P", "RGBA", "CMYK", "1"):
         assert as_picture(Image.new(mode, (8, 6))).mode == "RGB"
     assert as_picture(np.zeros((8, 6), np.uint8)).size == (6, 8)

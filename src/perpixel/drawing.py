@@ -152,11 +152,18 @@ def as_picture(image: Any) -> Image.Image:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
+    """Upright RGB, by the rules that the network's input is made by: 16 bits are scaled, wider types stretched from
+    their darkest to their brightest pixel, transparent parts are white."""
     upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I") or upright.mode == "F":  # more than 8 bits: show the full range
-        values = np.asarray(upright, dtype=np.float32)
-        top = 65535.0 if values.max(initial=0.0) > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+    if upright.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8)).convert("RGB")
+    if upright.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(upright, dtype=np.float64), posinf=0, neginf=0)
+        span = max(float(np.ptp(values)), 1e-12)
+        return Image.fromarray(((values - values.min()) / span * 255).round().astype(np.uint8)).convert("RGB")
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
 
 
