@@ -111,13 +111,16 @@ def _read(source: str) -> dict[str, Any]:
     return merge(below, data)
 
 
-def build(source: str | Path | Recipe, num_classes: int, overrides: Sequence[str] = ()) -> Detector:
-    """A network with fresh weights (a backbone's are loaded where the recipe names some).
+def build(
+    source: str | Path | Recipe, num_classes: int, overrides: Sequence[str] = (), *, imagenet: bool = False
+) -> Detector:
+    """A network with fresh weights.
 
     Args:
         source: recipe name, path, or `Recipe`.
         num_classes: C.
         overrides: `a.b=c` changes to the recipe.
+        imagenet: fill the backbone with the weights that `backbone.weights` names, as training does.
 
     Raises:
         ConfigError: the recipe cannot be used.
@@ -125,9 +128,10 @@ def build(source: str | Path | Recipe, num_classes: int, overrides: Sequence[str
     recipe = load_recipe(source, overrides)
     if num_classes < 1:
         raise ConfigError(f"num_classes: expected at least 1, got {num_classes}")
+    backbone = recipe.backbone if imagenet else recipe.backbone.model_copy(update={"weights": "none"})
     return Detector(
         num_classes,
-        backbone=recipe.backbone,
+        backbone=backbone,
         pyramid=recipe.pyramid,
         head=recipe.head,
         assign=recipe.assign,

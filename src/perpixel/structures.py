@@ -123,9 +123,7 @@ class _Rows:
         names = parts[0]._row_fields().keys()
         for part in parts[1:]:
             if part.size != parts[0].size or part._row_fields().keys() != names:  # type: ignore[attr-defined]
-                raise ShapeError(
-                    f"{cls.__name__}.cat: sizes or fields differ; bring all parts to one frame and one set of fields"
-                )
+                raise ShapeError(f"{cls.__name__}.cat: sizes or fields differ; bring all parts to one frame first")
         joined = {n: _join([getattr(p, n) for p in parts]) for n in names}
         return replace(parts[0], **joined)  # type: ignore[type-var]
 

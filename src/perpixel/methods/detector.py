@@ -82,14 +82,14 @@ class Targets(NamedTuple):
         labels: int64 [P].
         ltrb: float32 [P, 4], strides of the level (eq. 3.1).
         centerness: float32 [P] (eq. 3.3).
-        count: scalar, number of positives (mean over ranks), at least 1.
+        positives: scalar, their number (mean over ranks), at least 1.
     """
 
     assignment: Assignment
     labels: Tensor
     ltrb: Tensor
     centerness: Tensor
-    count: Tensor
+    positives: Tensor
 
 
 class Survivors(NamedTuple):
@@ -146,9 +146,9 @@ class BoxSource(Branch, Protocol):
 
 
 CLS_NORMALIZERS: dict[str, Callable[[Detector, Targets, Outputs], Tensor]] = {
-    "fg": lambda net, targets, outputs: targets.count,
-    "moving_fg": lambda net, targets, outputs: net.running_foreground(targets.count),
-    "all": lambda net, targets, outputs: targets.count.new_tensor(outputs.logits[..., 0].numel()),
+    "fg": lambda net, targets, outputs: targets.positives,
+    "moving_fg": lambda net, targets, outputs: net.running_foreground(targets.positives),
+    "all": lambda net, targets, outputs: targets.positives.new_tensor(outputs.logits[..., 0].numel()),
 }
 
 
@@ -163,6 +163,10 @@ class Detector(nn.Module):
         strides: px, one a level.
         divisor: heights and widths are padded to multiples of this, px.
     """
+
+    mean: Tensor
+    std: Tensor
+    foreground: Tensor
 
     def __init__(
         self,
@@ -188,7 +192,6 @@ class Detector(nn.Module):
         self.flip_colors = backbone.order == "bgr"
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
-        self.register_buffer("stride_of_level", torch.tensor(self.strides, dtype=torch.float32), persistent=False)
         if cls.normalizer == "moving_fg":
             self.register_buffer("foreground", torch.tensor(100.0))
 
@@ -212,7 +215,7 @@ class Detector(nn.Module):
         fields: dict[str, Any] = {"centerness": None, "ltrb": None}
         if self.head.centerness is not None:
             fields["centerness"] = flatten([self.head.centerness(x) for x in features.box_tower])[..., 0].float()
-        for branch in self.branches.values():
+        for branch in self.tasks:
             fields.update(branch(features, auxiliary=auxiliary))
         logits = flatten([self.head.logits(x) for x in features.cls_tower]).float()
         return Outputs(logits=logits, points=points, level=level, shapes=shapes, **fields)
@@ -249,9 +252,9 @@ class Detector(nn.Module):
         logs = {} if logs is None else logs
         targets = self.targets(outputs, batch)
         losses = {"cls": self._cls_loss(outputs, targets), **self._quality_loss(outputs, targets)}
-        for branch in self.branches.values():
-            losses.update(branch.loss(outputs, targets, batch, progress, logs))  # type: ignore[operator]
-        logs["positives"] = targets.count
+        for branch in self.tasks:
+            losses.update(branch.loss(outputs, targets, batch, progress, logs))
+        logs["positives"] = targets.positives
         return losses
 
     def targets(self, outputs: Outputs, batch: Batch) -> Targets:
@@ -288,7 +291,7 @@ class Detector(nn.Module):
         wanted = QUALITY_TARGETS[self.head_config.quality](outputs, targets)
         predicted = outputs.centerness[a.image, a.location]
         name = self.head_config.quality
-        return {name: QUALITY_LOSSES[self.head_config.quality_loss](predicted, wanted) / targets.count}
+        return {name: QUALITY_LOSSES[self.head_config.quality_loss](predicted, wanted) / targets.positives}
 
     # Inference
 
@@ -310,8 +313,8 @@ class Detector(nn.Module):
             keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
             left = survivors.select(keep)
             fields: dict[str, Any] = {"boxes": boxes[keep]}
-            for branch in self.branches.values():
-                fields.update(branch.decode(outputs, left, Frame(size, output_size)))  # type: ignore[operator]
+            for branch in self.tasks:
+                fields.update(branch.decode(outputs, left, Frame(size, output_size)))
             results.append(Detections(size=output_size, scores=left.scores, labels=left.labels, **fields))
         return results
 
@@ -330,9 +333,14 @@ class Detector(nn.Module):
         return [Survivors(index, *row) for index, row in enumerate(rows)]
 
     @property
-    def box_source(self) -> Any:
+    def tasks(self) -> list[Branch]:
+        """The branches, as what they can do."""
+        return list(self.branches.values())  # type: ignore[arg-type]
+
+    @property
+    def box_source(self) -> BoxSource:
         """The first branch whose predictions give every location a box."""
-        return next(branch for branch in self.branches.values() if hasattr(branch, "boxes"))
+        return next(branch for branch in self.tasks if hasattr(branch, "boxes"))  # type: ignore[return-value]
 
     def _candidates(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Image, location, class and score (eq. 3.4) [M] of all (location, class) pairs above the threshold.

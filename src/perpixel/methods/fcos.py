@@ -50,11 +50,12 @@ class BoxBranch(nn.Module):
         strides: px, one a level.
     """
 
+    strides: Tensor
+
     def __init__(self, channels: int, strides: tuple[int, ...], config: BoxConfig) -> None:
         super().__init__()
         self.config = config
-        self.ltrb = prediction(channels, 4)
-        nn.init.constant_(self.ltrb.bias, config.start)
+        self.ltrb = prediction(channels, 4, bias=config.start)
         self.scales = nn.Parameter(torch.ones(len(strides)))
         self.register_buffer("strides", torch.tensor(strides, dtype=torch.float32), persistent=False)
 
@@ -77,11 +78,11 @@ class BoxBranch(nn.Module):
         a, config = targets.assignment, self.config
         overlap = ltrb_overlap(outputs.ltrb[a.image, a.location], targets.ltrb, config.smooth)
         price = BOX_LOSSES[config.loss](overlap)  # [P]
-        logs["iou"] = overlap.iou.detach().sum() / targets.count
+        logs["iou"] = overlap.iou.detach().sum() / targets.positives
         if config.weighting == "centerness":
             total = mean_over_ranks(targets.centerness.sum()).clamp(min=1e-6)
             return {"box": config.weight * (price * targets.centerness).sum() / total}
-        return {"box": config.weight * price.sum() / targets.count}
+        return {"box": config.weight * price.sum() / targets.positives}
 
     def decode(self, outputs: Outputs, survivors: Survivors, frame: Frame) -> dict[str, Any]:
         """Nothing to add: the survivors' boxes are this branch's."""

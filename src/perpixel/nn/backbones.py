@@ -74,12 +74,10 @@ class Backbone(nn.Module):
 
     def _create(self, name: str) -> Any:
         try:
-            reductions = timm.create_model(name, features_only=True, pretrained=False).feature_info.reduction()
+            reductions = _features(name).feature_info.reduction()
         except RuntimeError as error:
-            known = timm.list_models()
-            raise ConfigError(
-                f"backbone.name: timm has no model {name!r}; {nearest(name, known[:0] or known)}"
-            ) from error
+            hint = nearest(name, [*timm.list_models(), *timm.list_pretrained()])
+            raise ConfigError(f"backbone.name: timm has no model {name!r}; {hint}") from error
         missing = [s for s in STRIDES if s not in reductions]
         if missing:
             raise ConfigError(
@@ -87,7 +85,7 @@ class Backbone(nn.Module):
                 "and 32; choose a hierarchical backbone such as resnet50 or convnext_tiny"
             )
         wanted = tuple(reductions.index(s) for s in STRIDES)
-        self.body = timm.create_model(name, features_only=True, out_indices=wanted, pretrained=False)
+        self.body: nn.Module = _features(name, out_indices=wanted)
         return self.body.feature_info
 
     def _freeze(self, config: BackboneConfig) -> None:
@@ -109,7 +107,12 @@ class Backbone(nn.Module):
                 replace_module(self.body, name, nn.Sequential(frozen_copy(module), activation_of(module)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.body(x)
+        maps: list[Tensor] = self.body(x)
+        return maps
+
+
+def _features(name: str, **options: Any) -> Any:
+    return timm.create_model(name, features_only=True, pretrained=False, **options)
 
 
 def stage_modules(body: nn.Module, count: int) -> set[str]:
@@ -126,11 +129,11 @@ def stage_modules(body: nn.Module, count: int) -> set[str]:
 
 def move_stride_to_1x1(body: nn.Module, name: str) -> None:
     """Turns timm's bottlenecks into Caffe's: the stride moves from the 3x3 convolution to the first 1x1."""
-    blocks = [m for m in body.modules() if type(m).__name__ == "Bottleneck" and hasattr(m, "conv3")]
+    blocks: list[Any] = [m for m in body.modules() if type(m).__name__ == "Bottleneck" and hasattr(m, "conv3")]
     if not blocks:
         raise ConfigError(f"backbone.stride_in_1x1: {name} has no ResNet bottlenecks; set it to false")
     for block in blocks:
-        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)  # type: ignore[union-attr]
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
 
 
 def load_imagenet_weights(body: nn.Module, config: BackboneConfig) -> None:
@@ -173,7 +176,7 @@ def _check_pixels(config: BackboneConfig, mean: tuple[float, ...], std: tuple[fl
     )
     if wrong or config.stride_in_1x1:
         raise ConfigError(
-            f"backbone: {what} expect RGB with mean {[round(v, 3) for v in mean]}, std {[round(v, 3) for v in std]} and "
+            f"backbone: {what} expect rgb, mean {[round(v, 3) for v in mean]}, std {[round(v, 3) for v in std]}, "
             f"no stride_in_1x1; the recipe says {config.order}, mean {list(config.mean)}, std {list(config.std)}, "
             f"stride_in_1x1={config.stride_in_1x1}; change the recipe to what the weights expect"
         )
@@ -215,14 +218,14 @@ def _load_by_name(body: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: dict[str, Any] = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read as weights ({error}); expected safetensors or a state dict"
         ) from error
-    _load_matching(body, state.get("state_dict", state.get("model", state)), str(path))
+    _load_matching(body, dict(state.get("state_dict", state.get("model", state))), str(path))
 
 
 def _load_matching(body: nn.Module, state: dict[str, Tensor], what: str) -> None:

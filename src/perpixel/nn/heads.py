@@ -1,4 +1,4 @@
-"""The trunk's heads, shared by all levels: towers, classification, and the quality of a location (center-ness or IoU)."""
+"""The trunk's heads, shared by all levels: towers, classification, a location's quality (center-ness or IoU)."""
 
 from __future__ import annotations
 
@@ -50,13 +50,11 @@ class Head(nn.Module):
         self.shared_tower = Tower(channels, config.shared_convs, config.norm, levels)
         self.cls_tower = Tower(channels, config.cls_convs, config.norm, levels)
         self.box_tower = Tower(channels, config.box_convs, config.norm, levels)
-        self.logits = prediction(channels, num_classes)
-        nn.init.constant_(self.logits.bias, -math.log((1 - config.prior) / config.prior))
+        self.logits = prediction(channels, num_classes, bias=-math.log((1 - config.prior) / config.prior))
         self.centerness = prediction(channels, 1) if config.quality != "none" else None
         for module in self.modules():
             if isinstance(module, ConvLayer):
-                nn.init.normal_(module.conv.weight, std=0.01)
-                nn.init.zeros_(module.conv.bias)
+                init_conv(module.conv)
 
     def towers(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Features [B, D, H_l, W_l] of the classification tower and of the box tower for every level."""
@@ -67,9 +65,14 @@ class Head(nn.Module):
         )
 
 
-def prediction(channels: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that predicts `outputs` numbers a location, initialised as in RetinaNet."""
-    conv = nn.Conv2d(channels, outputs, 3, padding=1)
+def prediction(channels: int, outputs: int, bias: float = 0.0) -> nn.Conv2d:
+    """A 3x3 convolution that predicts `outputs` numbers a location: small weights, so that it starts at `bias`."""
+    return init_conv(nn.Conv2d(channels, outputs, 3, padding=1), bias)
+
+
+def init_conv(conv: nn.Conv2d, bias: float = 0.0) -> nn.Conv2d:
+    """RetinaNet's initialisation of heads: normal weights of deviation 0.01 and a constant bias."""
     nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, bias)
     return conv

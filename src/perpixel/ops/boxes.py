@@ -1,4 +1,4 @@
-"""Boxes and distances to their sides. Boxes are xyxy; ltrb are distances from a point to the left, top, right, bottom."""
+"""Boxes (xyxy) and distances from a point to their left, top, right and bottom sides (ltrb)."""
 
 from __future__ import annotations
 
