@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the RGB that a viewer shows; broken ones are one clear error, fast and in little memory."""
+"""Every kind of picture becomes the RGB that a viewer shows; broken ones are one clear error, at little cost."""
 
 import io
 import resource
