@@ -65,7 +65,7 @@ def _masks(detections: Detections) -> np.ndarray | None:
     if isinstance(detections.masks, list):
         from perpixel.rle import decode
 
-        return np.asarray(decode(detections.masks), dtype=bool).reshape(len(detections), *detections.size)
+        return decode(detections.masks, detections.size).numpy()
     return detections.masks.numpy(force=True)
 
 
