@@ -85,8 +85,9 @@ class View:
         top, left, height, width = self.crop
         y0, x0 = round(top * ky), round(left * kx)
         part = image[:, y0 : max(y0 + 1, round((top + height) * ky)), x0 : max(x0 + 1, round((left + width) * kx))]
-        shown = resize(part, self.size)
-        return shown.flip(2) if self.mirrored else shown
+        mirror_first = self.mirrored and part[0].numel() < math.prod(self.size)  # whichever moves fewer bytes
+        shown = resize(part.flip(2) if mirror_first else part, self.size)
+        return shown.flip(2) if self.mirrored and not mirror_first else shown
 
 
 def plan_view(
@@ -167,7 +168,10 @@ def jitter_colors(image: Tensor, strength: float, rng: np.random.Generator) -> T
 
 def pad_to(images: Sequence[Tensor], size: Size) -> Tensor:
     """Pictures [3, h, w] at the top left of one batch uint8 [B, 3, H, W], zeros beyond. Memory order B, H, W, 3."""
-    batch = torch.zeros(len(images), *size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    batch = torch.empty(len(images), *size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for row, image in zip(batch, images, strict=True):
-        row[:, : image.shape[1], : image.shape[2]] = image
+        height, width = image.shape[1:]
+        row[:, :height, :width] = image
+        row[:, height:] = 0
+        row[:, :height, width:] = 0
     return batch
