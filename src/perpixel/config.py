@@ -43,9 +43,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+# Keys that say the same thing in different words: naming one of them unsays the others below it.
+ALTERNATIVES = (frozenset({"steps", "epochs", "minutes"}),)
+
+
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `change`; mappings merge key by key, anything else is replaced."""
-    merged = dict(base)
+    """`base` with the entries of `change`; mappings merge key by key, anything else is replaced, and an entry that is
+    one of several alternatives removes the others."""
+    unsaid = {key for group in ALTERNATIVES if group & change.keys() for key in group}
+    merged = {key: value for key, value in base.items() if key not in unsaid}
     for key, value in change.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
