@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from perpixel.data.categories import keypoint_counts
-from perpixel.data.coco import missing_files
+from perpixel.data.coco import missing_files, places
 from perpixel.data.defects import Defect, Entry, annotation_defects, category_problems, image_problem, read_json
 from perpixel.data.images import load_image, picture_size
-from perpixel.data.loading import DataConfig, find_split
+from perpixel.data.loading import DataConfig, Split, find_split
 from perpixel.errors import DataError
 from perpixel.structures import Size
 
-SPLITS = ("train", "val", "test")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 TOLERANCE = 2.0  # px that a box may reach over the frame of its picture; rounding in label tools does that
 EVERYTHING = frozenset({"masks", "keypoints"})
 
@@ -32,43 +32,38 @@ def check(where: str | Path | DataConfig, *, pictures: bool = True) -> list[Defe
     Raises:
         DataError: the folder is not there, or holds no labels in a known layout.
     """
-    files = _label_files(where)
     defects: list[Defect] = []
-    categories: dict[Path, list[tuple[Any, Any]]] = {}
-    for images, annotations in files:
+    categories: dict[Path, list[tuple[str, str]]] = {}
+    opened: dict[Path, Size | DataError] = {}  # pose and instance labels share pictures
+    for images, annotations in _label_files(where):
         try:
             content = read_json(annotations)
         except DataError as error:
             defects.append(Defect(annotations, str(error).removeprefix(f"{annotations}: ")))
             continue
-        defects += _check_file(images, annotations, content, pictures)
+        defects += _check_file(images, annotations, content, opened, pictures)
         categories[annotations] = sorted((str(c.get("id")), str(c.get("name"))) for c in content["categories"])
     return defects + list(_category_disagreements(categories))
 
 
 def _label_files(where: str | Path | DataConfig) -> list[tuple[Path, Path]]:
-    """Folder and annotation file of every split that is there, pose labels included.
+    """Folder of pictures and annotation file of every split that has one, pose labels included.
 
     Raises:
-        DataError: there is none at all.
+        DataError: there is none at all, or an explicit path is not there.
     """
-    found: list[tuple[Path, Path]] = []
-    first_error: DataError | None = None
-    for split in SPLITS:
-        for needs in (frozenset[str](), frozenset({"keypoints"})):
-            try:
-                pair = find_split(where, split, needs)  # type: ignore[arg-type]  # a member of SPLITS
-            except DataError as error:
-                first_error = first_error or error
-                continue
-            if pair not in found:
-                found.append(pair)
-    if not found and first_error is not None:
-        raise first_error
-    return found
+    if isinstance(where, DataConfig) and where.root is None:
+        explicit: list[tuple[Split, str | None]] = [("train", where.train_images), ("val", where.val_images)]
+        return [find_split(where, split) for split, given in explicit if given] or [find_split(where, "train")]
+    root = Path(where if not isinstance(where, DataConfig) else str(where.root))
+    pairs = [pair for split in SPLITS for pair in sorted(places(root, split, EVERYTHING))]
+    found = [(images, annotations) for images, annotations in pairs if annotations.is_file()]
+    return found or [find_split(root, "train")]
 
 
-def _check_file(images: Path, file: Path, content: dict[str, list[Entry]], pictures: bool) -> Iterator[Defect]:
+def _check_file(
+    images: Path, file: Path, content: dict[str, list[Entry]], opened: dict[Path, Size | DataError], pictures: bool
+) -> Iterator[Defect]:
     for problem in category_problems(content["categories"]):
         yield Defect(file, problem)
     entries: list[Entry] = []
@@ -80,35 +75,59 @@ def _check_file(images: Path, file: Path, content: dict[str, list[Entry]], pictu
         else:
             entries.append(entry)
             seen.add(entry["id"])
-    missing = set(missing_files(images, [e["file_name"] for e in entries]))
-    for i in sorted(missing):
-        yield Defect(images / entries[i]["file_name"], "no such picture", entries[i]["id"])
-    present = [e for i, e in enumerate(entries) if i not in missing]
-    broken: list[Defect] = []
+    if images.is_dir():
+        missing = set(missing_files(images, [e["file_name"] for e in entries]))
+        for i in sorted(missing):
+            yield Defect(images / entries[i]["file_name"], "no such picture", entries[i]["id"])
+        present = [e for i, e in enumerate(entries) if i not in missing]
+    else:
+        yield Defect(file, f"the folder of its pictures, {images}, is not there")
+        present = []
+    _open_all([images / e["file_name"] for e in present if pictures or not e.get("height")], opened, pictures)
     sizes = {e["id"]: (e["height"], e["width"]) for e in entries if e.get("height")}
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        for entry, (size, defect) in zip(present, pool.map(lambda e: _look(images, e, pictures), present), strict=True):
-            if size is not None:
-                sizes.setdefault(entry["id"], size)
-            broken += [defect] if defect is not None else []
+    for entry in present:
+        measured = opened.get(images / entry["file_name"])
+        if isinstance(measured, tuple):
+            sizes.setdefault(entry["id"], measured)
     yield from _check_annotations(file, content, sizes, seen)
-    yield from broken
+    for entry in present:
+        if defect := _picture_defect(images / entry["file_name"], entry, opened):
+            yield defect
 
 
-def _look(images: Path, entry: Entry, decode: bool) -> tuple[Size | None, Defect | None]:
-    """Size (H, W) of a picture, and what is wrong with it."""
-    path = images / entry["file_name"]
-    if not decode and entry.get("height"):
-        return None, None
+def _open_all(paths: list[Path], opened: dict[Path, Size | DataError], decode: bool) -> None:
+    """Adds the pictures that are not in `opened` yet."""
+    wanted = sorted(set(paths) - opened.keys())
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        opened.update(zip(wanted, pool.map(_open if decode else _measure, wanted), strict=True))
+
+
+def _open(path: Path) -> Size | DataError:
+    """Size (H, W) of a picture that can be decoded to its end, or why it cannot."""
     try:
-        height, width = load_image(path).shape[1:] if decode else picture_size(path)
+        height, width = load_image(path).shape[1:]
     except DataError as error:
-        return None, Defect(path, str(error).removeprefix(f"{path}: "), entry["id"])
-    if entry.get("height") and (height, width) != (entry["height"], entry["width"]):
-        listed = f"{entry['width']} x {entry['height']}"
-        problem = f"has {width} x {height} px (EXIF orientation applied), its labels were made for {listed}"
-        return (height, width), Defect(path, problem, entry["id"])
-    return (height, width), None
+        return error
+    return height, width
+
+
+def _measure(path: Path) -> Size | DataError:
+    """Size (H, W) of a picture by its head, or why it has none."""
+    try:
+        return picture_size(path)
+    except DataError as error:
+        return error
+
+
+def _picture_defect(path: Path, entry: Entry, opened: dict[Path, Size | DataError]) -> Defect | None:
+    found = opened.get(path)
+    if isinstance(found, DataError):
+        return Defect(path, str(found).removeprefix(f"{path}: "), entry["id"])
+    if found is None or not entry.get("height") or found == (entry["height"], entry["width"]):
+        return None
+    listed = f"{entry['width']} x {entry['height']}"
+    problem = f"has {found[1]} x {found[0]} px (EXIF orientation applied), its labels were made for {listed}"
+    return Defect(path, problem, entry["id"])
 
 
 def _check_annotations(
@@ -144,9 +163,9 @@ def _beyond(box: Any, size: Size | None) -> str | None:
     return None
 
 
-def _category_disagreements(categories: dict[Path, list[tuple[Any, Any]]]) -> Iterator[Defect]:
+def _category_disagreements(categories: dict[Path, list[tuple[str, str]]]) -> Iterator[Defect]:
     """Splits of one kind of labels whose lists of categories differ."""
-    by_kind: dict[str, tuple[Path, list[tuple[Any, Any]]]] = {}
+    by_kind: dict[str, tuple[Path, list[tuple[str, str]]]] = {}
     for file, listed in categories.items():
         kind = "person_keypoints" if file.name.startswith("person_keypoints") else "instances"
         first, expected = by_kind.setdefault(kind, (file, listed))

@@ -30,10 +30,7 @@ MIN_KEPT = 0.1  # an object of which a crop leaves less than this part of the bo
 
 
 def find_in_folder(root: str | Path, split: str, needs: frozenset[str] = frozenset()) -> tuple[Path, Path]:
-    """The folder of pictures and the annotation file of a split ("train", "val" or "test").
-
-    Known layouts: `annotations/instances_val.json` with `val/` (or both with COCO's suffix 2017), and Roboflow's
-    `valid/_annotations.coco.json`. Where keypoints are needed, `person_keypoints_val.json` comes first.
+    """The folder of pictures and the annotation file of a split ("train", "val" or "test"); see `places`.
 
     Raises:
         DataError: no such folder, or none of the layouts; the message lists what was looked for.
@@ -41,15 +38,25 @@ def find_in_folder(root: str | Path, split: str, needs: frozenset[str] = frozens
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds the pictures and their COCO labels")
-    kinds = ("person_keypoints", "instances") if "keypoints" in needs else ("instances",)
-    pairs = [(root / f"{split}{y}", root / "annotations" / f"{k}_{split}{y}.json") for k in kinds for y in ("", "2017")]
-    folders = ("valid", "val") if split == "val" else (split,)
-    pairs += [(root / folder, root / folder / "_annotations.coco.json") for folder in folders]
+    pairs = places(root, split, needs)
     for images, annotations in pairs:
         if images.is_dir() and annotations.is_file():
             return images, annotations
     looked = "; ".join(f"{a.relative_to(root)} with {i.relative_to(root)}/" for i, a in pairs)
     raise DataError(f"{root}: found no COCO labels for the split {split!r}; expected one of: {looked}")
+
+
+def places(root: Path, split: str, needs: frozenset[str] = frozenset()) -> list[tuple[Path, Path]]:
+    """Where pictures and labels of a split may lie, the first choice first.
+
+    Known layouts: `annotations/instances_val.json` with `val/` (or both with COCO's suffix 2017), and Roboflow's
+    `valid/_annotations.coco.json`. Where keypoints are needed, `person_keypoints_val.json` comes first.
+    """
+    kinds = ("person_keypoints", "instances") if "keypoints" in needs else ("instances",)
+    names = [split, f"{split}2017"]
+    pairs = [(root / name, root / "annotations" / f"{kind}_{name}.json") for kind in kinds for name in names]
+    folders = ("valid", "val") if split == "val" else (split,)
+    return pairs + [(root / folder, root / folder / "_annotations.coco.json") for folder in folders]
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from perpixel.drawing import draw
 from perpixel.errors import DataError
 from perpixel.structures import Categories, Sample
 
+SHEETS = (".png", ".jpg", ".jpeg")
 GAP = 6  # px between the pictures of a sheet
 GROUND = (24, 24, 24)
 
@@ -26,12 +27,13 @@ def show(
     needs: frozenset[str] = frozenset({"masks"}),
     transformed: bool = False,
     seed: int = 0,
-) -> Path:
+) -> list[Path]:
     """Draws pictures of a split with boxes, names, masks and keypoints, as training would get them.
 
     Args:
         where: folder of the data set, or a config.
-        out: name of the sheet (.png, .jpg), or a folder for `samples.png`.
+        out: name of a sheet (.png, .jpg) for all; or a folder, for a sheet `samples.png` and every picture in full
+            size, named after its id.
         count: number of pictures; they are drawn by lot.
         split: "train", "val" or "test".
         needs: "masks" and "keypoints", where they should be drawn.
@@ -39,7 +41,7 @@ def show(
         seed: of the lot.
 
     Returns:
-        The file that was written.
+        The files that were written, the sheet first.
 
     Raises:
         DataError: the data set cannot be read, or the sheet cannot be written.
@@ -50,14 +52,19 @@ def show(
     count = max(1, min(count, len(dataset)))
     samples = _transformed(dataset, config, count, seed) if transformed else _stored(dataset, count, seed)
     pictures = [draw_sample(sample, dataset.categories) for sample in samples]
-    path = Path(out)
-    path = path if path.suffix.lower() in (".png", ".jpg", ".jpeg") else path / "samples.png"
+    out = Path(out)
+    single = out.suffix.lower() in SHEETS
+    sheet = out if single else out / "samples.png"
+    files = [(sheet, contact_sheet(pictures))]
+    if not single:
+        files += [(out / f"{s.image_id}.jpg", p) for s, p in zip(samples, pictures, strict=True)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures).save(path)
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        for path, picture in files:
+            picture.save(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); give another place") from error
-    return path
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); give another place") from error
+    return [path for path, _ in files]
 
 
 def _stored(dataset: CocoDataset, count: int, seed: int) -> list[Sample]:
@@ -101,7 +108,7 @@ def draw_sample(sample: Sample, categories: Categories) -> Image.Image:
 
 
 def contact_sheet(pictures: Sequence[Image.Image], *, cell: int = 480, columns: int = 0) -> Image.Image:
-    """Pictures side by side on one sheet, each shrunk into a square of `cell` px; by default as many columns as rows."""
+    """Pictures side by side on one sheet, each shrunk into a square of `cell` px; by default as wide as it is high."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     cells = [picture.copy() for picture in pictures]
     for picture in cells:
