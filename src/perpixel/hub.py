@@ -67,7 +67,7 @@ def load_released(recipe: Recipe, file: Path) -> tuple[nn.Module, Categories]:
             f"{file}: expected the names of the authors' release (proposal_generator.fcos_head.…), got {some}…; "
             "is it a file of another project?"
         )
-    net = build(recipe, classes, overrides=["backbone.weights=none"])
+    net = build(recipe, classes)
     try:
         report = adelaidet.load_weights(net, state)
     except CheckpointError as error:

@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # largest accepted change of an output by folding, relative to
 EXAMPLE = (1, 3, 128, 96)  # of the random picture, px; large enough to reach every level
 
 
-def choose_device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
     """The device called `device`; "auto" is a GPU if there is one.
 
     Raises:

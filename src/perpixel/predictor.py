@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from perpixel.data.categories import mirror_partners
 from perpixel.data.images import Picture, load_image, resize_for_test
 from perpixel.engine.checkpoint import load_into, load_weights_file, read_categories, read_run
 from perpixel.errors import CheckpointError, ConfigError
 from perpixel.hub import fetch, load_released
 from perpixel.interop import adelaidet
 from perpixel.ops.nms import batched_nms
-from perpixel.optimize import choose_device, choose_precision, prepare
+from perpixel.optimize import choose_precision, find_device, prepare
 from perpixel.recipe import Recipe, build, load_recipe, recipe_names
 from perpixel.structures import Categories, Detections, Size
 
@@ -74,7 +75,7 @@ class Predictor:
     ) -> None:
         self.recipe = recipe
         self.categories = categories
-        self.device = choose_device(device)
+        self.device = find_device(device)
         self.precision = choose_precision(precision, self.device)
         self.threshold = threshold
         self.net: Any = prepare(net, self.device, self.precision)
@@ -229,18 +230,10 @@ def mirror(detections: Detections, categories: Categories) -> Detections:
     if detections.keypoints is not None:
         points = detections.keypoints.clone()
         points[..., 0] = width - points[..., 0]
-        order = _mirrored_order(categories, points.shape[1]).to(points.device)[detections.labels]  # [N, K]
+        partners = torch.from_numpy(mirror_partners(categories, points.shape[1])).to(points.device)
+        order = partners[detections.labels]  # [N, K]
         fields["keypoints"] = points.gather(1, order[:, :, None].expand(-1, -1, 3))
     return replace(detections, **fields)
-
-
-def _mirrored_order(categories: Categories, count: int) -> Tensor:
-    """For every class, which keypoint each keypoint becomes in a mirror: int64 [C, K]."""
-    order = torch.arange(count).repeat(len(categories), 1)
-    for row, skeleton in zip(order, categories.skeletons or (), strict=False):
-        for a, b in skeleton.pairs if skeleton is not None else ():
-            row[a], row[b] = b, a
-    return order
 
 
 def _size(image: Tensor) -> Size:
@@ -296,7 +289,7 @@ def _known_recipe(source: str) -> str:
 def _load_run(folder: Path, weights: Path | None) -> tuple[nn.Module, Recipe, Categories]:
     info = read_run(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    net = build(recipe, len(info.categories), overrides=["backbone.weights=none"])
+    net = build(recipe, len(info.categories))
     file = weights or info.weights
     load_into(net, load_weights_file(file), file)
     return net, recipe, info.categories
@@ -310,7 +303,7 @@ def _load_weights(recipe: Recipe, file: Path) -> tuple[nn.Module, Categories]:
     if CLASSES_KEY not in state:
         raise CheckpointError(f"{file}: has no {CLASSES_KEY}; expected weights of perpixel or of the authors' release")
     classes = len(state[CLASSES_KEY])
-    net = build(recipe, classes, overrides=["backbone.weights=none"])
+    net = build(recipe, classes)
     load_into(net, state, f"{file}: recipe {recipe.name}")
     beside = file.parent / "categories.json"
     return net, read_categories(beside) if beside.is_file() else Categories.anonymous(classes)
