@@ -218,16 +218,21 @@ def _summary(table: _Table, kind: Kind) -> dict[str, Score]:
     return {**scores, **sizes, **recalls}
 
 
-def table_of_classes(per_class: dict[str, dict[str, Score]]) -> str:
-    """A line a class with its scores in percent, best first, for people."""
-    width = max((len(name) for name in per_class), default=0)
+def report(scores: dict[str, dict[str, Any]]) -> str:
+    """Scores in percent for people: a line a kind, then a line a class, best first."""
+    lines = []
+    for kind, values in scores.items():
+        summary = "  ".join(f"{name} {percent(value)}" for name, value in values.items() if name != "per_class")
+        lines += [f"{kind}: {summary}", *_class_lines(values["per_class"])]
+    return "\n".join(lines)
+
+
+def _class_lines(per_class: dict[str, dict[str, Score]]) -> list[str]:
+    width = max(len(name) for name in per_class)
     ranked = sorted(per_class.items(), key=lambda item: -(item[1]["AP"] or 0.0))
-    return "\n".join(
-        f"{name:<{width}}  " + "  ".join(f"{key} {percent(value)}" for key, value in scores.items())
-        for name, scores in ranked
-    )
+    return [f"  {name:<{width}}  " + "  ".join(f"{k} {percent(v)}" for k, v in row.items()) for name, row in ranked]
 
 
 def percent(score: Score) -> str:
     """A score in percent, or a dash where there was nothing to score."""
-    return "    –" if score is None else f"{100 * score:5.1f}"
+    return "-" if score is None else f"{100 * score:.1f}"

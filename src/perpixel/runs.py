@@ -36,7 +36,7 @@ from perpixel.engine.processes import choose_device, process_group
 from perpixel.engine.train import Scores, TrainResult
 from perpixel.engine.train import train as run_steps
 from perpixel.errors import CheckpointError, ConfigError, DataError
-from perpixel.metrics import CocoResults, Kind
+from perpixel.metrics import CocoResults, Kind, report
 from perpixel.predictor import Predictor, load
 from perpixel.recipe import Recipe, build, load_recipe
 from perpixel.structures import Batch, Categories
@@ -121,7 +121,8 @@ def _train(recipe: Recipe, output: Path, resume: bool, device: torch.device, con
     )
     if console is not None:
         _draw_samples(net, recipe, dataset if validation is None else validation, run, device)
-        console.print(f"run folder: {output}", highlight=False, soft_wrap=True)
+        if result.scores is not None:
+            console.print(report(result.scores), markup=False, highlight=False, soft_wrap=True)
     return result
 
 
@@ -131,10 +132,12 @@ def evaluate(
     split: str = "val",
     overrides: Sequence[str] = (),
     *,
-    results: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = 1,
     scales: Sequence[int] | None = None,
     flip: bool = False,
-    precision: str = "fp32",
+    results_file: str | Path | None = None,
 ) -> Scores:
     """COCO scores of a trained run, or of a recipe's released weights.
 
@@ -143,9 +146,11 @@ def evaluate(
         data: folder with COCO labels, or (pictures, annotation file); None: the data that it was trained with.
         split: "train", "val" or "test".
         overrides: `a.b=c` changes to its recipe, such as `data.test_short_side=600`.
-        results: detections are written to this file as COCO results, with the data set's own ids.
-        scales, flip: test-time augmentation, as in `Predictor` (section 3.3.3).
+        device: "auto" takes the GPU where there is one.
         precision: "fp32", "bf16", or "auto" for the fastest of them on this machine.
+        batch_size: pictures at a time in every process.
+        scales, flip: test-time augmentation, as in `Predictor` (section 3.3.3).
+        results_file: detections are written here as COCO results, with the data set's own ids.
 
     Returns:
         {"bbox": {"AP": 0.41, "AP50": ..., "per_class": {...}}, ...}; in 0..1, None where there was nothing to score.
@@ -156,13 +161,13 @@ def evaluate(
     if split not in ("train", "val", "test"):
         raise ConfigError(f"split: expected train, val or test, got {split!r}")
     where: Any = split
-    opened = _open(run, overrides, precision)
+    opened = _open(run, overrides, choose_device(device), precision)
     recipe = _with_data(opened.recipe, data, split)
     with process_group(opened.device):
         dataset = open_dataset(recipe.data, where, recipe.needs)
         _same_categories(opened.categories, dataset.categories, str(run), str(dataset.annotation_file))
         if scales is None and not flip:
-            found = detect(opened.net, _eval_batches(recipe, dataset, opened.device), dataset.categories)
+            found = detect(opened.net, _eval_batches(recipe, dataset, batch_size), dataset.categories)
         else:
             found = _detect_augmented(opened, dataset, scales, flip)
         return score(
@@ -171,13 +176,12 @@ def evaluate(
             dataset.image_ids,
             dataset.annotation_file,
             kinds=_kinds(recipe),
-            results_file=None if results is None else Path(results),
+            results_file=None if results_file is None else Path(results_file),
         )
 
 
-def _open(run: str | Path, overrides: Sequence[str], precision: str) -> Predictor:
+def _open(run: str | Path, overrides: Sequence[str], device: torch.device, precision: str) -> Predictor:
     """What is to be scored, with nothing left out for a low score but what the recipe leaves out."""
-    device = choose_device("auto")
     if not Path(run).is_dir():
         if overrides:
             raise ConfigError(f"{run}: overrides need a run folder; make one with `perpixel convert`")
@@ -199,13 +203,12 @@ def _detect_augmented(
     return CocoResults.cat([to_columns(d, i, dataset.categories) for i, d in zip(ids, found, strict=True)])
 
 
-def _eval_batches(recipe: Recipe, dataset: CocoDataset, device: torch.device) -> EvalBatches:
-    """This process's share of the pictures. On a CPU one at a time: nothing is gained from more, and norms over a
-    picture see its own padding alone."""
+def _eval_batches(recipe: Recipe, dataset: CocoDataset, batch_size: int) -> EvalBatches:
+    """This process's share of the pictures."""
     return eval_batches(
         dataset,
         recipe.data,
-        batch_size=1 if device.type == "cpu" else EVAL_BATCH,
+        batch_size=batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
@@ -214,8 +217,11 @@ def _eval_batches(recipe: Recipe, dataset: CocoDataset, device: torch.device) ->
 def _validator(recipe: Recipe, dataset: CocoDataset, device: torch.device) -> Callable[[nn.Module], Scores]:
     """Scores of a network on a data set, over all processes."""
 
+    # On a CPU nothing is gained from several at a time, and group norms see the padding of pictures of unlike sizes.
+    batch_size = 1 if device.type == "cpu" else EVAL_BATCH
+
     def validate(net: nn.Module) -> Scores:
-        batches = _eval_batches(recipe, dataset, device)
+        batches = _eval_batches(recipe, dataset, batch_size)
         found = detect(net, batches, dataset.categories, precision=recipe.train.precision)
         return score(found, dataset.categories, dataset.image_ids, dataset.annotation_file, kinds=_kinds(recipe))
 

@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 170, 34, 34  # px around its axes
 INK, GRID = (60, 60, 60), (225, 225, 225)
 COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (0, 0, 0))
 NOT_DRAWN = {"step", "seconds", "fraction", "images/s", "positives"}
+SCORES = ("/AP", "/AP50", "/AP75")  # last part of the names of validation scores that are drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,9 @@ def _panels(rows: list[dict[str, float]]) -> list[Panel]:
         for name, value in row.items():
             if name not in NOT_DRAWN:
                 lines.setdefault(name, []).append((row["step"], value))
-    scores = {name: points for name, points in lines.items() if "/" in name}
+    scores = {name: points for name, points in lines.items() if name.endswith(SCORES)}
     rate = {"lr": lines["lr"]} if "lr" in lines else {}
-    losses = {name: points for name, points in lines.items() if name not in scores and name != "lr"}
+    losses = {name: points for name, points in lines.items() if "/" not in name and name != "lr"}
     return [Panel("losses (training)", losses), Panel("scores (validation)", scores), Panel("learning rate", rate)]
 
 
