@@ -150,7 +150,7 @@ class CocoDataset(Dataset[Sample]):
         size = self.size(index)
         view = view or View.whole(size)
         image = load_image(self.path(index), view.source_size_needed if reduced else None)
-        self._check_size(index, image)
+        self._check_size(index, image, reduced)
         return Sample(
             image=view.image(image),
             instances=self.instances(index, view, mask_stride),
@@ -199,11 +199,12 @@ class CocoDataset(Dataset[Sample]):
             centers[i] = centers[i] if center is None else center
         return torch.from_numpy(masks), torch.from_numpy(centers), torch.from_numpy(known)
 
-    def _check_size(self, index: int, image: Tensor) -> None:
+    def _check_size(self, index: int, image: Tensor, reduced: bool) -> None:
         height, width = self.size(index)
-        got = image.shape[1:]
-        factors = (1, 2, 4, 8)  # of a reduced JPEG
-        if not any(got == (-(-height // f), -(-width // f)) for f in factors):
+        got = tuple(image.shape[1:])
+        if got != (height, width) and reduced:
+            got = picture_size(self.path(index))  # it may have been decoded at a fraction of its size
+        if got != (height, width):
             raise DataError(
                 f"{self.path(index)}: expected {width} x {height} px as {self.annotation_file.name} says for image "
                 f"{self.image_ids[index]}, got {got[1]} x {got[0]} (EXIF orientation applied); label it again"

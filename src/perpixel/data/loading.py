@@ -90,14 +90,14 @@ def find_split(where: DataConfig | str | Path, split: Split, needs: frozenset[st
     """
     if not isinstance(where, DataConfig):
         return find_in_folder(where, split, needs)
-    pair = (
-        (where.val_images, where.val_annotations) if split == "val" else (where.train_images, where.train_annotations)
-    )
-    if split != "test" and any(pair):
+    pairs = {
+        "train": (where.train_images, where.train_annotations),
+        "val": (where.val_images, where.val_annotations),
+    }
+    pair = pairs.get(split, (None, None))
+    if any(pair):
         if not all(pair):
-            raise DataError(
-                f"data: expected both data.{split}_images and data.{split}_annotations, got one; give the other"
-            )
+            raise DataError(f"data: expected data.{split}_images and data.{split}_annotations, got one; give both")
         images, annotations = Path(str(pair[0])), Path(str(pair[1]))
         if not images.is_dir():
             raise DataError(f"{images}: no such folder; data.{split}_images names the folder of the pictures")

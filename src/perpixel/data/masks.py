@@ -70,7 +70,9 @@ def _draw_polygons(parts: list[Floats], size: Size, stride: int) -> tuple[Bools,
     width, height = (high - low).tolist()
     if width <= 0 or height <= 0:
         return sampled, None
-    codes = hotcoco.mask.frPyObjects([(part - low).ravel().tolist() for part in parts], height, width)
+    # COCO's drawing rounds coordinates to fifths of a pixel; rounded before they move, they give the same pixels.
+    moved = [np.where(low > 0, np.floor(part * 5 + 0.5) / 5 - low, part) for part in parts]
+    codes = hotcoco.mask.frPyObjects([part.ravel().tolist() for part in moved], height, width)
     window = hotcoco.mask.decode(hotcoco.mask.merge(codes))
     small = window[stride // 2 :: stride, stride // 2 :: stride]
     top, left = low[1] // stride, low[0] // stride
