@@ -156,11 +156,11 @@ def test_a_file_in_the_local_folder_comes_first(tmp_path: Path, monkeypatch: pyt
 def test_without_a_network_the_error_says_which_file_to_put_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def offline(repository: str, file: str) -> str:
+    def offline(address: str) -> None:
         raise ConnectionError("no route to host\nand a long story")
 
     monkeypatch.setenv("PERPIXEL_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
     with pytest.raises(CheckpointError) as caught:
         fetch(recipe_with_weights())
     message = str(caught.value)

@@ -40,17 +40,26 @@ def fetch(recipe: Recipe) -> Path:
     local = weights_folder() / recipe.weights.file
     if local.is_file():
         return local
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(recipe.weights.hub, recipe.weights.file))
+        return _from_hub(recipe.weights.hub, recipe.weights.file)
     except Exception as error:  # the client raises many kinds: offline, forbidden, moved, full disk
         address = f"https://huggingface.co/{recipe.weights.hub}/resolve/main/{recipe.weights.file}"
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{recipe.name}: {recipe.weights.file} cannot be fetched from the Hub ({type(error).__name__}: {reason}); "
+            f"{recipe.name}: {recipe.weights.file} cannot be fetched from the Hub ({reason}); "
             f"download {address} with a browser and put it at {local}"
         ) from error
+
+
+def _from_hub(repository: str, file: str) -> Path:
+    """A file of the Hub's own cache on this machine, filled on first use."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    get_hf_file_metadata(hf_hub_url(repository, file))  # fails at once without a network, where downloading retries
+    return Path(hf_hub_download(repository, file))
 
 
 def load_released(recipe: Recipe, file: Path) -> tuple[nn.Module, Categories]:
