@@ -157,7 +157,11 @@ def predict(
 def _load(run: str, **options: Any) -> Predictor:
     from perpixel.predictor import load
 
-    return load(run, **options)
+    predictor = load(run, **options)
+    weights = predictor.recipe.weights
+    if weights is not None and not Path(run).exists():
+        print(f"weights of {run}: {weights.license}", file=sys.stderr)
+    return predictor
 
 
 def _sides(text: str | None) -> list[int] | None:
