@@ -27,7 +27,7 @@ def show(
     needs: frozenset[str] = frozenset({"masks"}),
     transformed: bool = False,
     seed: int = 0,
-) -> list[Path]:
+) -> Path:
     """Draws pictures of a split with boxes, names, masks and keypoints, as training would get them.
 
     Args:
@@ -41,7 +41,7 @@ def show(
         seed: of the lot.
 
     Returns:
-        The files that were written, the sheet first.
+        The sheet.
 
     Raises:
         DataError: the data set cannot be read, or the sheet cannot be written.
@@ -64,7 +64,7 @@ def show(
             picture.save(path)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); give another place") from error
-    return [path for path, _ in files]
+    return sheet
 
 
 def _stored(dataset: CocoDataset, count: int, seed: int) -> list[Sample]:
