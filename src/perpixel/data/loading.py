@@ -26,6 +26,7 @@ from perpixel.errors import DataError, PerpixelError
 from perpixel.structures import Batch, Sample, Size
 
 DIVISOR = 32  # padded sides are multiples of this, px
+GRACE = 20  # seconds that a loader process lives on after SIGTERM
 ORDER, SAMPLE = 0, 1  # first words of the seeds of the two kinds of random numbers
 
 Split = Literal["train", "val", "test"]
@@ -321,6 +322,9 @@ def _load(items: Dataset[Batch], steps: Iterable[int], workers: int) -> Iterator
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the training process alone answers, and ends its workers."""
+    """Ctrl-C and SIGTERM reach the whole process group; the training process alone answers, and ends its workers.
+
+    A worker that is told to terminate outlives the step at hand, and no more than that: at exit Python terminates
+    workers that are left over, and waits for them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

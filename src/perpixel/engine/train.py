@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,8 +195,9 @@ class Trainer:
         metrics = Metrics(self.run.metrics, self.step if self.step else None) if self.writes else None
         events = event_writer(self.run.path, self.config.tensorboard and self.writes)
         self.net.train()
-        with self.live:
-            reason = self._steps(make_batches, validate, signals, metrics, events)
+        with self.live, ExitStack() as loader:
+            reason = self._steps(make_batches, validate, signals, metrics, events, loader)
+            loader.close()
             if reason != "interrupted" and validate is not None and self.validated_at != self.step:
                 self._validate(validate, metrics, events)
             self.save()
@@ -216,8 +217,9 @@ class Trainer:
         signals: StopSignals,
         metrics: Metrics | None,
         events: Any,
+        loader: ExitStack,
     ) -> str:
-        """Steps until the run is over; returns why."""
+        """Steps until the run is over; returns why. What `loader` closes ends the loader's processes."""
         fraction, batches = self._meet(signals)[0], None
         since = (self.step, self.seconds)
         while fraction < 1.0:
@@ -225,6 +227,7 @@ class Trainer:
                 return "early_stop"
             if batches is None:
                 batches = make_batches(self.step * self.config.accumulate)
+                loader.callback(getattr(batches, "close", lambda: None))
             began = time.perf_counter()
             self._update(batches, fraction)
             self.step += 1
