@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -18,7 +18,7 @@ from perpixel.errors import ConfigError, DataError, PerpixelError
 if TYPE_CHECKING:
     from perpixel.predictor import Predictor
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2  # exit status
 
 app = typer.Typer(
     name="perpixel",
@@ -41,21 +41,15 @@ def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr, never a traceback."""
     try:
         app()
-    except BrokenPipeError:  # the reader of a pipe had enough, as in `perpixel models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(_complain("stopped", INTERRUPTED))
     except PerpixelError as error:
-        sys.exit(_complain(f"error: {error}", BAD_INPUT))
+        _refuse(str(error))
     except OSError as error:  # full disks, missing rights, files that vanish
-        what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
-        sys.exit(_complain(f"error: {what}", BAD_INPUT))
+        _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
 
 
-def _complain(message: str, status: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
-    return status
+def _refuse(message: str) -> NoReturn:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(BAD_INPUT)
 
 
 @app.callback(invoke_without_command=True)
@@ -111,19 +105,30 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Folder with COCO labels; default: what it was trained on.")] = None,
     split: Annotated[str, typer.Option(help="val, test or train.")] = "val",
     out: Annotated[Path | None, typer.Option(help="Write detections here, as COCO results.")] = None,
+    device: Device = "auto",
     precision: Precision = "fp32",
+    batch_size: BatchSize = 1,
     scales: Scales = None,
     flip: Flip = False,
 ) -> None:
     """Score a detector: COCO's AP and AR, and a table by class."""
-    from perpixel.metrics import percent, table_of_classes
+    from perpixel.metrics import report
     from perpixel.runs import evaluate as score
 
-    scores = score(run, data, split, changes or [], results=out, scales=_sides(scales), flip=flip, precision=precision)
-    for kind, values in scores.items():
-        print(table_of_classes(values["per_class"]))
-        summary = {name: value for name, value in values.items() if name != "per_class"}
-        print(f"{kind}: " + "  ".join(f"{name} {percent(value)}" for name, value in summary.items()))
+    result = score(
+        run,
+        data,
+        split,
+        changes or [],
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        scales=_sides(scales),
+        flip=flip,
+        results_file=out,
+    )
+    if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started
+        print(report(result))
 
 
 @app.command()
