@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from parity.reference import Reference
 
+from parity.reference import Reference
 from perpixel.interop.adelaidet import load_weights
 from perpixel.recipe import build
 from perpixel.structures import Instances, Outputs, Progress
@@ -135,7 +135,9 @@ def test_every_location_answers_for_the_same_object(reference, variant, prefix) 
     gt_index = targets.assignment.gt_index[..., 0]
     images = len(batch)
     recorded = {
-        name: torch.cat([reference.tensor(f"{prefix}_{name}_{p}").view(images, -1) for p in reference.record["levels"]], 1)
+        name: torch.cat(
+            [reference.tensor(f"{prefix}_{name}_{p}").view(images, -1) for p in reference.record["levels"]], 1
+        )
         for name in ("labels", "gt_inds")
     }
     first = torch.tensor([0, *(len(t) for t in batch.targets[:-1])]).cumsum(0)[:, None]

@@ -74,7 +74,7 @@ class Backbone(nn.Module):
 
     def _create(self, name: str) -> Any:
         try:
-            reductions = _features(name).feature_info.reduction()
+            reductions = [item["reduction"] for item in _features(name).feature_info.info]
         except RuntimeError as error:
             hint = nearest(name, [*timm.list_models(), *timm.list_pretrained()])
             raise ConfigError(f"backbone.name: timm has no model {name!r}; {hint}") from error
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
                 f"backbone.name: {name} yields maps of stride {sorted(set(reductions))} px but the pyramid needs 8, 16 "
                 "and 32; choose a hierarchical backbone such as resnet50 or convnext_tiny"
             )
-        wanted = tuple(reductions.index(s) for s in STRIDES)
+        wanted = tuple(len(reductions) - 1 - reductions[::-1].index(s) for s in STRIDES)  # the last map of each
         self.body: nn.Module = _features(name, out_indices=wanted)
         return self.body.feature_info
 
