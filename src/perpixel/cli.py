@@ -22,7 +22,6 @@ BAD_INPUT = 2  # exit status
 
 app = typer.Typer(
     name="perpixel",
-    help="Find objects in pictures: train, evaluate and use per-pixel detectors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,6 +53,7 @@ def _refuse(message: str) -> NoReturn:
 
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Find objects in pictures: train, evaluate and use per-pixel detectors."""
     if show:
         print(__version__)
         raise typer.Exit
