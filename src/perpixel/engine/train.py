@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from perpixel import distributed
+from perpixel.allocator import keep_freed_memory
 from perpixel.engine.checkpoint import RunFolder, load_into, load_state, save_state, save_weights, write_text
 from perpixel.engine.curves import draw_curves
 from perpixel.engine.evaluate import DTYPES
@@ -94,6 +95,8 @@ def train(
         NonFiniteLossError: a loss or weight is not finite. Saved files are as they were.
         CheckpointError: a file cannot be written, or the state does not fit.
     """
+    if choose_device(config.device).type == "cpu":
+        keep_freed_memory()
     trainer = Trainer(net, config, Schedule(config, steps_per_epoch), run, metric, console)
     if resume and run.state.is_file():
         trainer.restore(load_state(run.state))
