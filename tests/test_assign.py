@@ -38,7 +38,7 @@ def random_truth(seed: int, count: int) -> Instances:
 
 
 def slow_assign(target: Instances, rules: AssignConfig) -> list[tuple[list[int], int]]:
-    """The objects of every location, best first, and what an empty slot is, straight from sections 3.2.1, 3.2.2 and 3.3.1."""
+    """Objects of every location, best first, and what an empty slot is; straight from sections 3.2.1 to 3.3.1."""
     grid = make_grid(SHAPES, STRIDES)
     upper = [64, 128, 256, 512, math.inf]
     result = []

@@ -3,7 +3,15 @@ import timm
 import torch
 from torch import nn
 
-from perpixel.nn.layers import ConvLayer, FrozenNormConv2d, PerLevelNorm, conv_norm_pairs, frozen_copy, norm_modules
+from perpixel.nn.layers import (
+    ConvLayer,
+    FrozenNormConv2d,
+    PerLevelNorm,
+    conv_norm_pairs,
+    frozen_copy,
+    group_norm,
+    norm_modules,
+)
 
 
 def random_norm(channels: int) -> nn.BatchNorm2d:
@@ -66,5 +74,8 @@ def test_each_level_has_its_own_batch_norm_where_asked_for() -> None:
     assert moved == [0, 1, 0]
 
 
-def test_group_norm_divides_any_width() -> None:
-    assert ConvLayer(8, 24, "gn", levels=5)(torch.randn(1, 8, 4, 4), 0).shape == (1, 24, 4, 4)
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (96, 32), (64, 32), (32, 16), (16, 8), (24, 8), (1, 1)])
+def test_groups_are_equal_and_have_two_channels_or_more(channels, groups) -> None:
+    norm = group_norm(channels)
+    assert norm.num_groups == groups
+    assert torch.isfinite(norm(torch.randn(2, channels, 1, 1))).all()

@@ -12,9 +12,16 @@ from torchvision.ops import FrozenBatchNorm2d
 
 GROUPS = 32  # of group normalisation
 
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 32 equal groups, or fewer where the width asks for it: a group has two channels or more (of a
+    single one, a map of one cell would have no deviation)."""
+    groups = math.gcd(GROUPS, channels)
+    return nn.GroupNorm(max(1, groups // 2) if groups == channels else groups, channels)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    # The gcd lets slim networks have a width that 32 does not divide.
-    "gn": lambda channels: nn.GroupNorm(math.gcd(GROUPS, channels), channels),
+    "gn": group_norm,
     "bn": nn.BatchNorm2d,
     "frozen": FrozenBatchNorm2d,
 }
@@ -34,7 +41,7 @@ class ConvLayer(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         norms: dict[str, Callable[[], nn.Module]] = {
-            "gn": lambda: NORMS["gn"](out_channels),
+            "gn": lambda: group_norm(out_channels),
             "bn": lambda: PerLevelNorm("bn", out_channels, levels),
             "none": nn.Identity,
         }

@@ -22,22 +22,32 @@ def _per_channel(values: Tensor) -> Tensor:
     return values[None, :, None, None]
 
 
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D], variance [D] and number of values a channel [1] of [B, D, H, W] over all processes.
+
+    Each process reduces its own part about its own mean, so that no digits cancel, and tells the others.
+    """
+    own_mean = x.mean(SUMMED)
+    own_squares = (x - _per_channel(own_mean)).square().sum(SUMMED)
+    own = torch.cat([own_mean, own_squares, own_mean.new_tensor([x.numel() // x.shape[1]])])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    means, squares, counts = torch.stack(parts).split([x.shape[1], x.shape[1], 1], dim=1)  # [processes, ·]
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count
+    var = (squares + counts * (means - mean).square()).sum(0) / count
+    return mean, var, count
+
+
 class _Normalize(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias with statistics of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float()
-        count = wide.new_tensor([wide.numel() // wide.shape[1]])
-        totals = torch.cat([wide.sum(SUMMED), count])
-        dist.all_reduce(totals)
-        mean, count = totals[:-1] / totals[-1], totals[-1:]
-        centered = wide - _per_channel(mean)
-        squares = centered.square().sum(SUMMED)  # about the mean of all: no cancellation
-        dist.all_reduce(squares)
-        var = squares / count
+        mean, var, count = _statistics(wide)
         scale = (var + eps).rsqrt()
-        y = centered * _per_channel(scale * weight) + _per_channel(bias)
+        y = (wide - _per_channel(mean)) * _per_channel(scale * weight) + _per_channel(bias)
         ctx.save_for_backward(x, weight, mean, scale, count)
         ctx.mark_non_differentiable(mean, var, count)
         return y.to(x.dtype), mean, var, count
