@@ -79,6 +79,7 @@ class Targets(NamedTuple):
 
     Args:
         assignment: the object of every location; its `image`, `location`, `object` are [P].
+        host: the same where the truth is, for those who plan their work by it without waiting for the device.
         labels: int64 [P].
         ltrb: float32 [P, 4], strides of the level (eq. 3.1).
         centerness: float32 [P] (eq. 3.3).
@@ -86,10 +87,28 @@ class Targets(NamedTuple):
     """
 
     assignment: Assignment
+    host: Assignment
     labels: Tensor
     ltrb: Tensor
     centerness: Tensor
     positives: Tensor
+
+
+class Candidates(NamedTuple):
+    """(location, class) pairs of a batch, [M] each, that suppression chooses from.
+
+    Args:
+        image, location, labels: int64.
+        scores: float32.
+    """
+
+    image: Tensor
+    location: Tensor
+    labels: Tensor
+    scores: Tensor
+
+    def select(self, keep: Tensor) -> Candidates:
+        return Candidates(*(field[keep] for field in self))
 
 
 class Survivors(NamedTuple):
@@ -114,10 +133,17 @@ class Survivors(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Sizes (H, W) of an image inside the network's input and of the frame that results are wanted in."""
+    """How results of an image are wanted.
+
+    Args:
+        size: (H, W) of the image inside the network's input, px.
+        output_size: (H, W) of the frame of the results, px.
+        compact: fields that have a compressed form are wanted in it (masks as run lengths).
+    """
 
     size: Size
     output_size: Size
+    compact: bool = False
 
 
 Logs = dict[str, Tensor]
@@ -127,7 +153,7 @@ class Branch(Protocol):
     """A task at every location."""
 
     def __call__(self, features: Features, *, auxiliary: bool) -> dict[str, Any]:
-        """Dense fields of `Outputs`."""
+        """Dense fields of `Outputs`; the entries of `auxiliary` are added to those of the other branches."""
 
     def loss(
         self, outputs: Outputs, targets: Targets, batch: Batch, progress: Progress, logs: Logs
@@ -145,6 +171,13 @@ class BoxSource(Branch, Protocol):
         """Boxes [S, 4] xyxy in px of the network's input at chosen (image, location) pairs."""
 
 
+class Suppressor(Branch, Protocol):
+    """A branch that tells duplicates apart without boxes."""
+
+    def suppress(self, outputs: Outputs, candidates: Candidates, config: DecodeConfig) -> tuple[Tensor, Tensor]:
+        """Indices of the candidates to keep, best first, and boxes [M, 4] of all of them in px of the input."""
+
+
 CLS_NORMALIZERS: dict[str, Callable[[Detector, Targets, Outputs], Tensor]] = {
     "fg": lambda net, targets, outputs: targets.positives,
     "moving_fg": lambda net, targets, outputs: net.running_foreground(targets.positives),
@@ -156,7 +189,8 @@ class Detector(nn.Module):
     """Trunk and branches (see the module's docstring). Its protocol is `forward`, `loss`, `decode`.
 
     Args:
-        branches: by name; the first one that can tell boxes is what suppression works on.
+        branches: by name; suppression works on the boxes of the first one that can tell boxes, or else is the business
+            of the first one that can do without.
 
     Attributes:
         num_classes: C.
@@ -213,12 +247,14 @@ class Detector(nn.Module):
         shapes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in pyramid)
         points, level = make_grid(shapes, self.strides, images.device)
         fields: dict[str, Any] = {"centerness": None, "ltrb": None}
+        extra: dict[str, Tensor] = {}
         if self.head.centerness is not None:
             fields["centerness"] = flatten([self.head.centerness(x) for x in features.box_tower])[..., 0].float()
         for branch in self.tasks:
             fields.update(branch(features, auxiliary=auxiliary))
+            extra.update(fields.pop("auxiliary", {}))
         logits = flatten([self.head.logits(x) for x in features.cls_tower]).float()
-        return Outputs(logits=logits, points=points, level=level, shapes=shapes, **fields)
+        return Outputs(logits=logits, points=points, level=level, shapes=shapes, auxiliary=extra, **fields)
 
     def normalize(self, images: Tensor, sizes: Sequence[Size] | Tensor | None) -> Tensor:
         """What the backbone sees: colors in its order, mean and std removed, then zero beyond `sizes` (so that padding
@@ -269,7 +305,7 @@ class Detector(nn.Module):
         device = outputs.logits.device
         count = mean_over_ranks(torch.tensor(float(len(labels)), device=device)).clamp(min=1)
         labels, ltrb = labels.to(device, non_blocking=True), ltrb.to(device, non_blocking=True)
-        return Targets(assignment.to(device), labels, ltrb, centerness_of(ltrb), count)
+        return Targets(assignment.to(device), assignment, labels, ltrb, centerness_of(ltrb), count)
 
     def _cls_loss(self, outputs: Outputs, targets: Targets) -> Tensor:
         a, config = targets.assignment, self.cls_config
@@ -296,7 +332,12 @@ class Detector(nn.Module):
     # Inference
 
     def decode(
-        self, outputs: Outputs, sizes: Sequence[Size] | Tensor, output_sizes: Sequence[Size] | Tensor | None = None
+        self,
+        outputs: Outputs,
+        sizes: Sequence[Size] | Tensor,
+        output_sizes: Sequence[Size] | Tensor | None = None,
+        *,
+        compact: bool = False,
     ) -> list[Detections]:
         """Detections of every image.
 
@@ -304,6 +345,7 @@ class Detector(nn.Module):
             outputs: of `forward`.
             sizes: (H, W) of the valid part of each image in the network's input, px.
             output_sizes: (H, W) of the frames that results are wanted in; None: `sizes`.
+            compact: masks as run lengths, for those who would only encode them.
         """
         inner = _as_sizes(sizes)
         outer = inner if output_sizes is None else _as_sizes(output_sizes)
@@ -314,23 +356,30 @@ class Detector(nn.Module):
             left = survivors.select(keep)
             fields: dict[str, Any] = {"boxes": boxes[keep]}
             for branch in self.tasks:
-                fields.update(branch.decode(outputs, left, Frame(size, output_size)))
+                fields.update(branch.decode(outputs, left, Frame(size, output_size, compact)))
             results.append(Detections(size=output_size, scores=left.scores, labels=left.labels, **fields))
         return results
 
     def survivors(self, outputs: Outputs) -> list[Survivors]:
         """Candidates above the threshold, the best of every level, after suppression, the best of every image."""
         config = self.decode_config
-        image, location, labels, scores = self._candidates(outputs)
-        level = outputs.level[location]
-        best = top_per_group(scores, image * len(self.strides) + level, config.pre_nms_top)
-        image, location, labels, scores = image[best], location[best], labels[best], scores[best]
-        boxes = self.box_source.boxes(outputs, image, location)
-        kept = batched_nms(boxes, scores, image * self.num_classes + labels, config.nms_threshold)
-        kept = kept[top_per_group(scores[kept], image[kept], config.max_detections)]
-        counts = torch.bincount(image[kept], minlength=len(outputs.logits)).tolist()
-        rows = zip(*(field[kept].split(counts) for field in (location, labels, scores, boxes)), strict=True)
+        found = self._candidates(outputs)
+        level = outputs.level[found.location]
+        found = found.select(top_per_group(found.scores, found.image * len(self.strides) + level, config.pre_nms_top))
+        kept, boxes = self.suppress(outputs, found, config)
+        kept = kept[top_per_group(found.scores[kept], found.image[kept], config.max_detections)]
+        image, *fields = (field[kept] for field in (*found, boxes))
+        counts = torch.bincount(image, minlength=len(outputs.logits)).tolist()
+        rows = zip(*(field.split(counts) for field in fields), strict=True)
         return [Survivors(index, *row) for index, row in enumerate(rows)]
+
+    def suppress(self, outputs: Outputs, candidates: Candidates, config: DecodeConfig) -> tuple[Tensor, Tensor]:
+        """See `Suppressor.suppress`; by non-maximum suppression of boxes where a branch tells boxes."""
+        if self.box_source is None:
+            return self.suppressor.suppress(outputs, candidates, config)
+        boxes = self.box_source.boxes(outputs, candidates.image, candidates.location)
+        groups = candidates.image * self.num_classes + candidates.labels
+        return batched_nms(boxes, candidates.scores, groups, config.nms_threshold), boxes
 
     @property
     def tasks(self) -> list[Branch]:
@@ -338,12 +387,17 @@ class Detector(nn.Module):
         return list(self.branches.values())  # type: ignore[arg-type]
 
     @property
-    def box_source(self) -> BoxSource:
-        """The first branch whose predictions give every location a box."""
-        return next(branch for branch in self.tasks if hasattr(branch, "boxes"))  # type: ignore[return-value]
+    def box_source(self) -> BoxSource | None:
+        """The first branch whose predictions give every location a box; None: no branch does."""
+        return next((branch for branch in self.tasks if hasattr(branch, "boxes")), None)  # type: ignore[return-value]
 
-    def _candidates(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Image, location, class and score (eq. 3.4) [M] of all (location, class) pairs above the threshold.
+    @property
+    def suppressor(self) -> Suppressor:
+        """The first branch that tells duplicates apart without boxes."""
+        return next(branch for branch in self.tasks if hasattr(branch, "suppress"))  # type: ignore[return-value]
+
+    def _candidates(self, outputs: Outputs) -> Candidates:
+        """All (location, class) pairs above the threshold, with their scores (eq. 3.4).
 
         The sigmoid is taken of those alone: comparing logits with the threshold's logit is the same test.
         """
@@ -353,13 +407,10 @@ class Detector(nn.Module):
         product = outputs.logits[image, location, labels].sigmoid()
         quality = SCORE_QUALITY[config.quality](outputs, image, location)
         if quality is None:
-            return image, location, labels, product
+            return Candidates(image, location, labels, product)
         product = product * quality
-        scores = product.sqrt()
-        if config.threshold_on == "product":
-            keep = product > config.score_threshold
-            return image[keep], location[keep], labels[keep], scores[keep]
-        return image, location, labels, scores
+        found = Candidates(image, location, labels, product.sqrt())
+        return found.select(product > config.score_threshold) if config.threshold_on == "product" else found
 
 
 def _iou_target(outputs: Outputs, targets: Targets) -> Tensor:
