@@ -6,7 +6,8 @@
 
 Both have the same ImageNet backbone weights, pyramid width, tower depth, batches (sizes, augmentation, order),
 optimizer, warm-up, schedule over minutes, clipping and precision, and are scored by the same metric. Each trains at
-the best of three learning rates, picked on one fold: fold 0 with --folds, else a fold of the training pictures.
+the best of three learning rates, picked on one fold: fold 0 with --folds, else a fold of the training pictures, or
+with --rates a fold of an earlier contest.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def main() -> None:
     contest = contest_from(arguments)
     splits, search = make_splits(arguments)
     search_minutes = arguments.search_minutes or arguments.minutes
-    rates, searched = best_rates(contest, entrants, search, arguments.lrs, search_minutes)
+    if arguments.rates:
+        rates, choice = arguments.rates, given_rates(entrants, arguments.rates)
+    else:
+        rates, searched = best_rates(contest, entrants, search, arguments.lrs, search_minutes)
+        choice = rates_table(arguments, entrants, searched, rates, search, search_minutes)
     groups = [
         [Part(entrant, split, rate, arguments.minutes, seed) for entrant, rate in zip(entrants, rates, strict=True)]
         for seed in range(arguments.seeds)
@@ -51,7 +56,7 @@ def main() -> None:
     body = "\n\n".join(
         [
             conditions(arguments, contest, splits),
-            rates_table(arguments, entrants, searched, rates, search, search_minutes),
+            choice,
             outcomes_table(groups, outcomes),
             verdict(groups, outcomes),
         ]
@@ -66,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     parser.add_argument("--lrs", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
+    parser.add_argument("--rates", type=float, nargs=2, help="ours and theirs, picked in another contest; no search")
     parser.add_argument("--search-minutes", type=float, help="of the parts that choose the rate; default: --minutes")
     parser.add_argument("--our-backbone", action="store_true", help="give torchvision this project's backbone module")
     parser.add_argument("--title", help="of the section in RESULTS.md; default: the folder's name")
@@ -125,6 +131,11 @@ def rates_table(
     picked = ", ".join(f"{e.name} {rate:g}" for e, rate in zip(entrants, chosen, strict=True))
     head = ["learning rate", *(entrant.name for entrant in entrants)]
     return f"Learning rates: box AP on {where} after {minutes:g} minutes.\n\n{table(head, rows)}\n\nChosen: {picked}."
+
+
+def given_rates(entrants: list[Entrant], rates: list[float]) -> str:
+    given = ", ".join(f"{entrant.name} {rate:g}" for entrant, rate in zip(entrants, rates, strict=True))
+    return f"Learning rates, each the best of three on one fold of another contest: {given}."
 
 
 def outcomes_table(groups: list[list[Part]], outcomes: list[list[Outcome]]) -> str:
