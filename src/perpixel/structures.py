@@ -280,7 +280,7 @@ class Detections(_Rows):
         return encode(self.masks)
 
     def to_supervision(self) -> Any:
-        """The same rows as `supervision.Detections` (and `supervision.KeyPoints` under data["keypoints"], if any)."""
+        """The same rows as `supervision.Detections`, keypoints as the array data["keypoints"] (see `third_party`)."""
         from perpixel.third_party import to_supervision
 
         return to_supervision(self)
