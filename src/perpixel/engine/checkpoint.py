@@ -152,7 +152,7 @@ def read_categories(path: Path) -> Categories:
     """
     try:
         return Categories.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as categories ({error}); give a folder that `perpixel train` or `convert` wrote"
         ) from error

@@ -44,7 +44,7 @@ class Metrics:
         if set(row) <= set(self._columns):
             try:
                 with self.path.open("a", newline="", encoding="utf-8") as file:
-                    csv.DictWriter(file, self._columns).writerow(_printable(row))
+                    csv.DictWriter(file, self._columns, lineterminator="\n").writerow(_printable(row))
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be written ({error.strerror}); free space") from error
         else:
@@ -53,7 +53,7 @@ class Metrics:
     def _rewrite(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns)
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(_printable(row) for row in self.rows)
         with replacing(self.path) as file:
