@@ -15,7 +15,10 @@ from perpixel.predictor import Predictor, load
 from perpixel.runs import evaluate, train
 
 RECIPE = "fcos/lite0"
-SETTINGS = ("train.evaluate_every=0",)  # all minutes go into training; the score is taken once, at the end
+SETTINGS = (
+    "train.evaluate_every=0",  # all minutes go into training; the score is taken once, at the end
+    "data.short_side=[288]", "data.max_size=384", "data.test_short_side=288", "data.test_max_size=384",  # as drawn
+)  # fmt: skip
 TRAIN_PICTURES = 600
 DRAWN = 6  # held-out pictures on the sheet
 

@@ -27,10 +27,10 @@ def test_more_than_a_fifth_of_the_objects_overlap(scenes: list[Scene]) -> None:
     assert np.mean([t for scene in scenes for t in scene.touching]) > 0.2
 
 
-def test_nothing_is_hidden_by_more_than_three_quarters(scenes: list[Scene]) -> None:
+def test_nothing_is_hidden_by_more_than_three_fifths(scenes: list[Scene]) -> None:
     for scene in scenes:
         visible = scene.masks.sum((1, 2)) / np.array(scene.full_areas)
-        assert visible.min() >= 0.25
+        assert visible.min() >= 0.4
         assert visible.max() <= 1
     hidden = np.concatenate([s.masks.sum((1, 2)) < np.array(s.full_areas) for s in scenes])
     assert hidden.mean() > 0.1  # some are hidden in part

@@ -24,7 +24,7 @@ from perpixel.errors import DataError
 CLASSES = ("disc", "triangle", "square", "star", "crescent")
 SMALLEST, LARGEST = 16, 256  # px, longer side of the box of an object before anything hides it
 OBJECTS = (5, 15)  # fewest and most objects of a picture
-MIN_VISIBLE = 0.25  # an object of which less than this part would be seen is not drawn
+MIN_VISIBLE = 0.4  # an object of which less than this part would be seen is not drawn
 AIM = 0.2  # part of the objects that is put on top of another one on purpose
 
 Bools = npt.NDArray[np.bool_]
