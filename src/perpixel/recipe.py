@@ -18,11 +18,14 @@ from perpixel.config import Config, merge, nearest, override, parse, read_yaml
 from perpixel.data.loading import DataConfig
 from perpixel.engine.settings import TrainConfig
 from perpixel.errors import ConfigError
+from perpixel.methods.boxinst import BoxCriterion, BoxInstConfig
+from perpixel.methods.condinst import Criterion, DiceCriterion, MaskBranch, MaskConfig
 from perpixel.methods.detector import ClsConfig, DecodeConfig, Detector
 from perpixel.methods.fcos import BoxBranch, BoxConfig
 from perpixel.nn.backbones import BackboneConfig
 from perpixel.nn.heads import HeadConfig
 from perpixel.nn.pyramids import PyramidConfig
+from perpixel.ops.masks import CELL
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,6 +55,8 @@ class Recipe(Config):
         published: scores by name, of the published weights ("bbox AP": 0.387).
         weights: released weights that fit the recipe, if any.
         box: the box branch; null for a network without one.
+        mask: the mask branch; null for none.
+        boxinst: how masks are learned from boxes; null: from true masks.
     """
 
     name: str = ""
@@ -64,6 +69,8 @@ class Recipe(Config):
     assign: AssignConfig = AssignConfig()
     cls: ClsConfig = ClsConfig()
     box: BoxConfig | None = BoxConfig()
+    mask: MaskConfig | None = None
+    boxinst: BoxInstConfig | None = None
     decode: DecodeConfig = DecodeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -71,7 +78,12 @@ class Recipe(Config):
     @property
     def needs(self) -> frozenset[Literal["masks", "keypoints"]]:
         """What the branches learn from, beside boxes."""
-        return frozenset()
+        return self.criterion.needs if self.mask is not None else frozenset()
+
+    @property
+    def criterion(self) -> Criterion:
+        """How masks are learned."""
+        return DiceCriterion() if self.boxinst is None else BoxCriterion(self.boxinst)
 
 
 def recipe_names() -> list[str]:
@@ -128,6 +140,7 @@ def build(
     recipe = load_recipe(source, overrides)
     if num_classes < 1:
         raise ConfigError(f"num_classes: expected at least 1, got {num_classes}")
+    _check(recipe)
     backbone = recipe.backbone if imagenet else recipe.backbone.model_copy(update={"weights": "none"})
     return Detector(
         num_classes,
@@ -137,12 +150,32 @@ def build(
         assign=recipe.assign,
         cls=recipe.cls,
         decode=recipe.decode,
-        make_branches=lambda channels, strides: _branches(recipe, channels, tuple(strides)),
+        make_branches=lambda channels, strides: _branches(recipe, num_classes, channels, tuple(strides)),
     )
 
 
-def _branches(recipe: Recipe, channels: int, strides: tuple[int, ...]) -> dict[str, nn.Module]:
+def _check(recipe: Recipe) -> None:
+    """Refuses sections that cannot go together."""
+    mask = recipe.mask
+    if recipe.box is None and mask is None:
+        raise ConfigError("recipe: box and mask are both null, so nothing is predicted; set one of them")
+    if recipe.box is None and (recipe.head.quality == "iou" or recipe.decode.quality == "from_box"):
+        raise ConfigError("recipe: head.quality=iou and decode.quality=from_box need boxes, but box is null")
+    if recipe.boxinst is not None and mask is None:
+        raise ConfigError("recipe: boxinst says how masks are learned, but mask is null; add a section mask")
+    if mask is not None and recipe.needs and recipe.data.mask_stride > (stride := CELL // mask.factor):
+        raise ConfigError(
+            f"data.mask_stride: masks upsampled by mask.factor={mask.factor} are learned every {stride} px, but "
+            f"truth is sampled every {recipe.data.mask_stride} px; set data.mask_stride={stride}"
+        )
+
+
+def _branches(recipe: Recipe, num_classes: int, channels: int, strides: tuple[int, ...]) -> dict[str, nn.Module]:
     branches: dict[str, nn.Module] = {}
     if recipe.box is not None:
         branches["box"] = BoxBranch(channels, strides, recipe.box)
+    if recipe.mask is not None:
+        branches["mask"] = MaskBranch(
+            channels, strides, num_classes, recipe.mask, recipe.criterion, alone=recipe.box is None
+        )
     return branches

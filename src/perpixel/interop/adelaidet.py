@@ -22,7 +22,7 @@ from perpixel.errors import CheckpointError
 
 HEAD = "proposal_generator.fcos_head."
 RESNET = r"backbone\.bottom_up\.res(?P<stage>\d)\.(?P<block>\d+)\."
-IGNORED = re.compile(r"(.*\.)?pixel_(mean|std)$|.*\.num_batches_tracked$")
+IGNORED = re.compile(r"(.*\.)?pixel_(mean|std)$|.*\.num_batches_tracked$|mask_head\.(_iter|sizes_of_interest)$")
 
 # (their name, our possible names); `{stage-1}` is a group of the pattern, with arithmetic.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -68,6 +68,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (re.escape(HEAD) + r"ctrness\.(?P<leaf>\w+)", ("head.centerness.{leaf}",)),
     (re.escape(HEAD) + r"bbox_pred\.(?P<leaf>\w+)", ("branches.box.ltrb.{leaf}",)),
     (re.escape(HEAD) + r"scales", ("branches.box.scales",)),
+    (r"controller\.(?P<leaf>\w+)", ("branches.mask.controller.{leaf}",)),
+    (r"mask_branch\.(?P<rest>(refine|tower)\..+)", ("branches.mask.features.{rest}",)),
+    (r"mask_branch\.seg_head\.(?P<rest>.+)", ("branches.mask.semantic.{rest}",)),
+    (r"mask_branch\.logits\.(?P<leaf>\w+)", ("branches.mask.semantic.2.{leaf}",)),
 )
 
 

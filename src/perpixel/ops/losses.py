@@ -64,6 +64,12 @@ def _area(ltrb: Tensor) -> Tensor:
     return (ltrb[..., 0] + ltrb[..., 2]) * (ltrb[..., 1] + ltrb[..., 3])
 
 
+def dice_loss(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Dice loss [N] of N pictures, or lines, of probabilities [N, ...] against targets 0 or 1 [N, ...]."""
+    p, t = probabilities.flatten(1), target.flatten(1).float()
+    return 1 - 2 * (p * t).sum(1) / (p.square().sum(1) + t.sum(1) + 1e-5)
+
+
 BOX_LOSSES: dict[str, Callable[[Overlap], Tensor]] = {
     "iou": lambda overlap: -overlap.iou.clamp(min=1e-6).log(),
     "linear_iou": lambda overlap: 1 - overlap.iou,
