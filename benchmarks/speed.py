@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--max-other-cpus", type=float, default=0.15, help="busier rounds are repeated")
+    parser.add_argument("--max-other-cpus", type=float, default=0.15, help="busier rounds are repeated,")
+    parser.add_argument("--patience", type=float, default=4.0, help="up to this many times --rounds in all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -70,8 +71,8 @@ def inference(arguments: argparse.Namespace) -> tuple[str, str]:
     picture = largest_picture(arguments.data)
     ours, theirs = same_networks()
     candidates = limit_candidates(ours, theirs, picture)
-    frozen = fcos_resnet50(CLASSES, frozen_norm=True).eval()
-    last = fcos_resnet50(CLASSES, frozen_norm=False).eval().to(memory_format=torch.channels_last)
+    frozen = fcos_resnet50(CLASSES, frozen_norm=True, min_size=min(SIZE)).eval()
+    last = fcos_resnet50(CLASSES, frozen_norm=False, min_size=min(SIZE)).eval().to(memory_format=torch.channels_last)
     for variant in (frozen, last):
         variant.load_state_dict(theirs.state_dict(), strict=False)
         variant.score_thresh = theirs.score_thresh
@@ -86,7 +87,7 @@ def inference(arguments: argparse.Namespace) -> tuple[str, str]:
         work[f"ours {p}, network alone"] = _network(one, picture)
         work[f"ours {p}, decoding and NMS"] = _decode(one, dense[p])
     counts = {name: len(work[name]()) for name in ("ours fp32", "ours bf16", "torchvision fp32", "torchvision bf16")}
-    times = take_turns(work, rounds=arguments.rounds, max_other_cpus=arguments.max_other_cpus)
+    times = _take_turns(work, arguments)
     share = times.ratio("ours fp32, decoding and NMS", "ours fp32")
     found = ", ".join(f"{name} {count}" for name, count in counts.items())
     lines = [
@@ -111,7 +112,7 @@ def same_networks() -> tuple[Any, FCOS]:
         if name.endswith("norm.weight") and name.startswith("backbone."):
             value.fill_(0.3)  # timm starts some of them from 0, which would switch the residual branches off
     nn.init.normal_(ours.head.logits.weight, std=0.05)  # scores that differ from place to place
-    theirs = fcos_resnet50(CLASSES, frozen_norm=False).eval()
+    theirs = fcos_resnet50(CLASSES, frozen_norm=False, min_size=min(SIZE)).eval()
     copy_weights(ours, theirs)
     return ours, theirs
 
@@ -149,7 +150,7 @@ def _threshold(scores: Tensor, outputs: Outputs, limit: int) -> float:
 
 def predictor_of(ours: Any, precision: str) -> Predictor:
     """The predictor that users get, around a network whose threshold has been set."""
-    recipe = load_recipe("fcos/r50_1x", SAME_NETWORK)
+    recipe = load_recipe("fcos/r50_1x", [*SAME_NETWORK, f"data.test_short_side={min(SIZE)}"])
     return Predictor(ours, recipe, Categories.anonymous(CLASSES), device="cpu", precision=precision, threshold=0.0)
 
 
@@ -186,7 +187,7 @@ def training(arguments: argparse.Namespace) -> tuple[str, str]:
         work[f"ours {precision}"] = _our_step(batch, precision)
         work[f"torchvision {precision}"] = _their_step(batch, precision, channels_last=False)
         work[f"torchvision {precision}, channels last"] = _their_step(batch, precision, channels_last=True)
-    times = take_turns(work, rounds=arguments.rounds, max_other_cpus=arguments.max_other_cpus)
+    times = _take_turns(work, arguments)
     objects = sum(len(target) for target in batch.targets)
     lines = [
         f"One step (forward, losses, backward, SGD) on {len(batch)} pictures of {STEP_SIZE[0]}x{STEP_SIZE[1]} px with "
@@ -286,6 +287,11 @@ def loader(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 # Presentation
+
+
+def _take_turns(work: dict[str, Callable[[], Any]], arguments: argparse.Namespace) -> Times:
+    limits = {"max_other_cpus": arguments.max_other_cpus, "patience": arguments.patience}
+    return take_turns(work, rounds=arguments.rounds, **limits)
 
 
 def largest_picture(data: Path) -> Tensor:

@@ -202,6 +202,21 @@ def test_smoke_contest_records_every_part_and_runs_none_twice(tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_speed_reports_every_target(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "SIZE", (96, 128))
+    monkeypatch.setattr(speed, "STEP_SIZE", (96, 128))
+    out = tmp_path / "RESULTS.md"
+    options = ["--rounds", "1", "--patience", "1", "--threads", "1", "--parts", "inference", "training"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--data", str(pictures), "--out", str(out), *options])
+    speed.main()
+    text = out.read_text()
+    assert text.count("(target ≤") == 5
+    assert "## Speed: inference" in text
+    assert "## Speed: training step" in text
+    assert str(pictures) not in text
+
+
+@pytest.mark.slow
 def test_smoke_contest_in_processes_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vs_torchvision.py", "--smoke", "--out", str(tmp_path)])
     vs_torchvision.main()
