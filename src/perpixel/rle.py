@@ -31,7 +31,7 @@ def encode(masks: Tensor) -> list[dict[str, Any]]:
         return []
     # Runs go down the columns, and the encoder reads [H, W, N] in that order: N contiguous [W, H] pictures.
     columns = masks.detach().cpu().transpose(1, 2).contiguous().numpy()
-    rles = hotcoco.mask.encode(columns.view(np.uint8).transpose(2, 1, 0))
+    rles: Any = hotcoco.mask.encode(columns.view(np.uint8).transpose(2, 1, 0))
     return [{"size": [int(v) for v in rle["size"]], "counts": _text(rle["counts"])} for rle in rles]
 
 
@@ -52,10 +52,9 @@ def encode_window(mask: Tensor, corner: tuple[int, int], size: tuple[int, int]) 
     apart = places[1:-1:2] != places[2::2]  # a run that goes on at the top of the next column is one run
     keep = np.ones(len(places), dtype=bool)
     keep[1:-1:2], keep[2::2] = apart, apart
-    places = places[keep]
-    ends = [] if len(places) and places[-1] == size[0] * size[1] else [size[0] * size[1]]
-    counts = np.diff(np.concatenate([places, ends]).astype(np.int64), prepend=0)
-    rle = hotcoco.mask.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
+    places = np.unique(np.append(places[keep], size[0] * size[1]))  # a run to the very end is followed by none
+    counts = np.diff(places, prepend=0)
+    rle: Any = hotcoco.mask.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
     return {"size": list(size), "counts": _text(rle["counts"])}
 
 
