@@ -12,7 +12,7 @@ PACKAGE = Path(perpixel.__file__).parent
 # Top to bottom; a name stands for itself and all that is below it, the longest match counts. Names of one row may not
 # see each other, unless they are of one package; an arrow inside a row of the design is a row of its own here.
 ROWS = (
-    ("errors", "distributed"),
+    ("errors", "distributed", "allocator"),
     ("rle", "video"),
     ("drawing", "third_party"),
     ("config", "structures"),
@@ -34,6 +34,7 @@ ROWS = (
     ("demo",),
     ("interop",),
     ("cli",),
+    ("__main__",),
     ("",),  # the package itself
 )
 
