@@ -130,8 +130,8 @@ def test_a_run_resumes_as_itself_or_not_at_all(trained: Path, data: Path, tmp_pa
     more = [*SMALL, "train.steps=3", "data.workers=1"]
     with pytest.raises(CheckpointError, match=r"another recipe \(box\.loss: giou → iou; train\.lr: 0\.001 → 0\.5\)"):
         train("fcos/lite0", data=data, output=copy, overrides=[*more, "box.loss=iou", "train.lr=0.5"], resume=True)
+    other = renamed(data, tmp_path / "other", {"star": "galaxy"})
     with pytest.raises(CheckpointError, match="categories differ"):
-        other = renamed(data, tmp_path / "other", {"star": "galaxy"})
         train("fcos/lite0", data=other, output=copy, overrides=more, resume=True)
     assert train("fcos/lite0", data=data, output=copy, overrides=more, resume=True).step == 3
     assert load_recipe(copy / "recipe.yaml").train.steps == 3
@@ -180,7 +180,9 @@ def test_fresh_weights_depend_on_the_seed_alone(data: Path, tmp_path: Path) -> N
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(3)
-        train("fcos/lite0", data=data, output=tmp_path / name, overrides=[*SMALL, "train.steps=1", f"train.seed={seed}"])
+        train(
+            "fcos/lite0", data=data, output=tmp_path / name, overrides=[*SMALL, "train.steps=1", f"train.seed={seed}"]
+        )
         weights.append(load_weights_file(tmp_path / name / "last.safetensors")["head.logits.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

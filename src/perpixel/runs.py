@@ -119,7 +119,7 @@ def _train(recipe: Recipe, output: Path, resume: bool, device: torch.device, con
         resume=resume,
         console=console,
     )
-    if console is not None:
+    if console is not None and result.reason != "interrupted":  # who asked to stop wants no more work
         _draw_samples(net, recipe, dataset if validation is None else validation, run, device)
         if result.scores is not None:
             console.print(report(result.scores), markup=False, highlight=False, soft_wrap=True)

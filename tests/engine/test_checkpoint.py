@@ -49,10 +49,14 @@ def test_weights_come_back_bit_for_bit_from_both_formats(tmp_path: Path) -> None
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     write_text(file, "good")
-    with pytest.raises(CheckpointError, match=r"a\.txt: cannot be written \(No space.*previous file is as it was"):
+
+    def fill_the_disk() -> None:
         with replacing(file) as out:
             out.write(b"half of the")
             raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"a\.txt: cannot be written \(No space.*previous file is as it was"):
+        fill_the_disk()
     assert file.read_text() == "good"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
@@ -89,7 +93,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Bomb()}))
     torch.save({"model": Bomb()}, tmp_path / "worse.pth")
     for name in ("bad.pth", "worse.pth"):
-        with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as plain tensors.*would run code is refused"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}: cannot be read as plain tensors.*would run code is refused"
+        ):
             load_weights_file(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
@@ -129,9 +135,9 @@ def test_weights_of_another_network_are_listed_by_fault() -> None:
     state["head.weight"] = torch.zeros(3, 4, 1, 1)
     with pytest.raises(CheckpointError) as caught:
         load_into(net, state, "x.pth")
-    assert str(caught.value).startswith(
-        "x.pth: weights do not fit the network: 1 missing (head.bias); 1 unknown (stranger); 1 of another shape (head.weight)"
-    )
+    message = str(caught.value)
+    assert message.startswith("x.pth: weights do not fit the network: 1 missing (head.bias); 1 unknown (stranger); ")
+    assert "1 of another shape (head.weight)" in message
 
 
 def test_state_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="train.device=cpu"):
+    with pytest.raises(ConfigError, match=r"train\.device=cpu"):
         choose_device("cuda")
 
 

@@ -47,7 +47,12 @@ def test_times_are_read_as_by_a_clock() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 2.36, [0, 0.5, 1, 1.5, 2, 2.5]), (1, 12, [0, 5, 10, 15]), (5, 5, [5, 6])],
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0, 2.36, [0, 0.5, 1, 1.5, 2, 2.5]),
+        (1, 12, [0, 5, 10, 15]),
+        (5, 5, [5, 6]),
+    ],
 )
 def test_ticks_are_round_and_enclose_the_values(low: float, high: float, ticks: list[float]) -> None:
     assert nice_ticks(low, high) == pytest.approx(ticks)

@@ -1,8 +1,11 @@
 """The training loop on a tiny detector: what a step does, what ends a run, and what is left behind."""
 
 import csv
+import itertools
 import os
 import signal
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,20 +218,28 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     assert same_weights(straight, resumed)
 
 
-def test_minutes_count_training_alone_and_go_on_after_a_resume(tmp_path: Path) -> None:
-    def slow(start: int) -> Iterator[Batch]:
+def test_minutes_count_training_alone_and_go_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) / 16)  # looked at twice a step: a step takes 1/16 s
+    monkeypatch.setattr("perpixel.engine.train.time", clock)
+
+    def five(start: int) -> Iterator[Batch]:
         for step, batch in enumerate(endless(start), start):
-            if step == start + 5:
+            if step == start + 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    stopped = run_tiny(tmp_path, steps=None, minutes=0.01, batches=slow)
-    assert stopped.reason == "interrupted"
-    assert 0 < stopped.seconds < 0.6
-    result = run_tiny(tmp_path, steps=None, minutes=0.01, resume=True)
-    assert result.reason == "finished"
-    assert 0.6 <= result.seconds < 1.5  # one step longer than asked at the most, on a busy machine
-    assert float(rows_of(tmp_path)[-1]["fraction"]) == 1.0
+    minute = {"steps": None, "minutes": 1 / 60, "evaluate_every": 3}
+
+    def score(net: Any) -> dict[str, dict[str, Any]]:
+        next(ticks)  # a validation takes time, too
+        return {"bbox": {"AP": 0.5}}
+
+    stopped = run_tiny(tmp_path, batches=five, validate=score, **minute)
+    assert (stopped.reason, stopped.step, stopped.seconds) == ("interrupted", 5, 5 / 16)
+    result = run_tiny(tmp_path, validate=score, resume=True, **minute)
+    assert (result.reason, result.step, result.seconds) == ("finished", 16, 1.0)
+    assert [float(r["fraction"]) for r in rows_of(tmp_path) if r["fraction"]] == [n / 16 for n in range(1, 17)]
 
 
 def test_mixed_precision_trains_with_losses_in_float32(tmp_path: Path) -> None:
@@ -272,7 +283,29 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> N
         assert "left" in text
 
 
+def test_tensorboard_gets_losses_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: dict[str, list[int]] = {}
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            assert (folder, purge_step) == (str(tmp_path), None)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            events.setdefault(name, []).append(step)
+
+        def close(self) -> None:
+            events["closed"] = []
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run_tiny(tmp_path, steps=2, tensorboard=True, validate=lambda net: {"bbox": {"AP": 0.5}}, evaluate_every=0)
+    assert events["train/loss"] == events["train/lr"] == [1, 2]
+    assert events["val/bbox/AP"] == [2]
+    assert "closed" in events
+
+
 def test_tensorboard_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'perpixel\[tensorboard\]'"):
         run_tiny(tmp_path, tensorboard=True)

@@ -79,21 +79,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return result
 
 
-def event_writer(folder: Path, wanted: bool) -> Any:
-    """A TensorBoard writer, or None.
+def event_writer(folder: Path, step: int) -> Any:
+    """A TensorBoard writer; events after `step`, of a run that was stopped, no longer count.
 
     Raises:
         ConfigError: TensorBoard is not installed.
     """
-    if not wanted:
-        return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
             "train.tensorboard=true: TensorBoard is not installed; pip install 'perpixel[tensorboard]', or leave it out"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step or None)
 
 
 class Live:

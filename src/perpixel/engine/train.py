@@ -42,7 +42,7 @@ MakeBatches = Callable[[int], Iterator[Batch]]
 Validate = Callable[[nn.Module], Scores]
 
 SAVE_SECONDS = 300.0
-MEETING_STEPS = 10  # distributed processes agree on time and signals this often; each meeting costs a wait
+GPU_MEETING_STEPS = 10  # processes on GPUs agree on time and signals this often: each meeting waits for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Trainer:
         self.validated_at = -1
         self.scores: Scores | None = None
         self.writes = distributed.rank() == 0
+        self.meeting_steps = GPU_MEETING_STEPS if self.device.type == "cuda" else 1
         self.window = LossWindow(self.device)
         self.timer = StepTimer(config.profile, self.device)
         self.console = console if self.writes else None
@@ -196,7 +197,7 @@ class Trainer:
     def run_through(self, make_batches: MakeBatches, validate: Validate | None, signals: StopSignals) -> TrainResult:
         """Steps, rows, saves and validations from here to the end."""
         metrics = Metrics(self.run.metrics, self.step if self.step else None) if self.writes else None
-        events = event_writer(self.run.path, self.config.tensorboard and self.writes)
+        events = event_writer(self.run.path, self.step) if self.config.tensorboard and self.writes else None
         self.net.train()
         with self.live, ExitStack() as loader:
             reason = self._steps(make_batches, validate, signals, metrics, events, loader)
@@ -296,7 +297,7 @@ class Trainer:
         """Fraction of the run that is done, and whether a signal asks to stop: the same in all processes."""
         if not distributed.is_distributed():
             return self.schedule.fraction(self.step, self.seconds), signals.requested
-        if fraction is None or self.step % MEETING_STEPS == 0:
+        if fraction is None or self.step % self.meeting_steps == 0:
             told = torch.tensor([self.seconds, signals.requested], dtype=torch.float64, device=self.device)
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
             self.seconds, stop = float(told[0]), bool(told[1])
@@ -314,7 +315,7 @@ class Trainer:
         if self.config.save_every is not None:
             return self.step % self.config.save_every == 0
         # A save is a meeting, because the losses are looked at; clocks agree only where processes have just met.
-        met = not distributed.is_distributed() or self.step % MEETING_STEPS == 0
+        met = not distributed.is_distributed() or self.step % self.meeting_steps == 0
         return met and self.seconds - self.saved_at > SAVE_SECONDS
 
     def _log(self, since: tuple[int, float], fraction: float, metrics: Metrics | None, events: Any) -> None:
