@@ -50,7 +50,8 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor, level: int) -> Tensor:  # [B, D, H, W]
         norm = self.norm[level] if self.per_level else self.norm  # type: ignore[index]
-        return F.relu(norm(self.conv(x)))
+        x = norm(self.conv(x))
+        return F.relu(x, inplace=x.dtype == torch.float32)  # in bf16, CPUs are slower in place
 
 
 class FrozenNormConv2d(nn.Module):
