@@ -18,6 +18,7 @@ from perpixel.rle import encode_window
 from perpixel.structures import Instances, Size
 
 CELL = 8  # px of the network's input between two samples of a mask's logits
+ROWS = 64  # of a mask that are drawn at a time on a CPU, so that what is between the steps stays in its cache
 
 
 def aligned_weights(size: int, factor: int, device: torch.device | str = "cpu") -> Tensor:
@@ -102,7 +103,7 @@ def masks_in_frame(logits: Tensor, factor: int, size: Size, output_size: Size, b
     """
     masks = torch.zeros((len(logits), *output_size), dtype=torch.bool, device=logits.device)
     for window in _windows(logits.detach(), factor, size, output_size, boxes):
-        torch.gt(window.probabilities, 0.5, out=masks[window.mask, window.rows, window.columns])
+        window.draw(masks[window.mask, window.rows.pixels, window.columns.pixels])
     return masks
 
 
@@ -110,21 +111,50 @@ def rles_in_frame(
     logits: Tensor, factor: int, size: Size, output_size: Size, boxes: Tensor | None = None
 ) -> list[dict[str, Any]]:
     """The masks of `masks_in_frame` as compressed run-length dicts; full-size pictures are never made."""
-    empty = torch.zeros((0, 0), dtype=torch.bool)
+    empty = torch.zeros((0, 0), dtype=torch.bool, device=logits.device)
     rles = [encode_window(empty, (0, 0), output_size)] * len(logits)
     for window in _windows(logits.detach(), factor, size, output_size, boxes):
-        corner = (window.rows.start, window.columns.start)
-        rles[window.mask] = encode_window(window.probabilities > 0.5, corner, output_size)
+        y, x = window.rows.pixels, window.columns.pixels
+        drawn = window.draw(empty.new_empty(y.stop - y.start, x.stop - x.start))
+        rles[window.mask] = encode_window(drawn, (y.start, x.start), output_size)
     return rles
 
 
+class _Cut(NamedTuple):
+    """A part of an axis: `cells` of the logits, `pixels` of the output, and what leads from one to the other."""
+
+    cells: slice
+    pixels: slice
+    upsample: Tensor  # [samples, cells]
+    resize: Tensor  # [pixels, samples]
+    below: Tensor  # int64 [pixels], the samples that a pixel lies between
+    above: Tensor
+    weight: Tensor  # [pixels, 1] of the one above
+
+
 class _Window(NamedTuple):
-    """Probabilities [rows, columns] of mask `mask` where they can exceed 1/2."""
+    """The part of mask number `mask` where probabilities can exceed 1/2.
+
+    Args:
+        rows, columns: what leads from cells to pixels.
+        strips: [samples, pixels] probabilities, resized along the columns alone.
+    """
 
     mask: int
-    rows: slice
-    columns: slice
-    probabilities: Tensor
+    rows: _Cut
+    columns: _Cut
+    strips: Tensor
+
+    def draw(self, out: Tensor) -> Tensor:
+        """Fills bool [H', W'], the window in pixels."""
+        y = self.rows
+        block = ROWS if out.device.type == "cpu" else max(len(out), 1)
+        for first in range(0, len(out), block):
+            part = slice(first, first + block)
+            pixels = self.strips.index_select(0, y.below[part])
+            pixels.lerp_(self.strips.index_select(0, y.above[part]), y.weight[part])
+            torch.gt(pixels, 0.5, out=out[part])
+        return out
 
 
 def _windows(logits: Tensor, factor: int, size: Size, output_size: Size, boxes: Tensor | None) -> Iterator[_Window]:
@@ -141,25 +171,11 @@ def _windows(logits: Tensor, factor: int, size: Size, output_size: Size, boxes: 
             continue
         cells = logits[index, y.cells, x.cells]
         samples = (y.upsample @ cells @ x.upsample.T).sigmoid()
-        strips = samples @ x.resize.T  # [samples, columns]
-        pixels = strips.index_select(0, y.below).lerp_(strips.index_select(0, y.above), y.weight)
-        yield _Window(index, y.pixels, x.pixels, pixels)
+        yield _Window(index, y, x, samples @ x.resize.T)
 
 
 def _whole_pixels(boxes: Tensor) -> list[tuple[int, ...]]:
     return [tuple(row) for row in torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).int().tolist()]
-
-
-class _Cut(NamedTuple):
-    """A part of an axis: `cells` of the logits, `pixels` of the output, and what leads from one to the other."""
-
-    cells: slice
-    pixels: slice
-    upsample: Tensor  # [samples, cells]
-    resize: Tensor  # [pixels, samples]
-    below: Tensor  # int64 [pixels], the samples that a pixel lies between
-    above: Tensor
-    weight: Tensor  # [pixels, 1] of the one above
 
 
 class _Axis:
