@@ -6,7 +6,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -158,17 +157,16 @@ def test_version_and_help(run: Run) -> None:
 
 def test_help_is_quick_and_imports_no_torch() -> None:
     program = (
-        "import sys; sys.argv = ['perpixel', '--help']; import perpixel.cli\n"
+        "import sys, time; sys.argv = ['perpixel', '--help']; import perpixel.cli\n"
         "try: perpixel.cli.main()\n"
-        "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
+        "except SystemExit: print(time.process_time(), 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
-    took = []
+    last = []
     for _ in range(3):
-        start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        took.append(time.perf_counter() - start)
-    assert done.stdout.splitlines()[-1] == "False False"
-    assert min(took) < 1.2  # 0.4 s on a machine that does nothing else
+        last.append(done.stdout.splitlines()[-1].split())
+    assert all(words[1:] == ["False", "False"] for words in last)
+    assert min(float(words[0]) for words in last) < 0.4  # s of that process, start of the interpreter included
 
 
 def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
