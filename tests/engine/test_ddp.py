@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,31 @@ CALL = "import sys, json, torch; torch.set_num_threads(1); from perpixel.runs im
 CALL += "train(**json.loads(sys.argv[1]))"
 
 
-def in_processes(count: int, arguments: dict[str, Any]) -> None:
-    """What torchrun does, without its start-up time."""
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_two_processes(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun does, without its start-up time: rank 1 is a new process, rank 0 is this one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = []
-    for rank in range(count):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **{k: str(v) for k, v in place.items()}, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", CALL, json.dumps(arguments)]
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for process in started:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output.decode()
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CALL, json.dumps(arguments)]
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        train(**arguments)
+        output, _ = other.communicate(timeout=120)
+        assert other.returncode == 0, output.decode()
+    finally:
+        other.kill()
 
 
 def columns(folder: Path) -> list[dict[str, float]]:
@@ -58,11 +70,12 @@ def columns(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_two_processes_and_one_agree_for_twenty_steps(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_and_one_agree_for_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_synthetic(tmp_path / "data", train=12, val=3, seed=2, size=128)
     arguments = {"recipe": "fcos/lite0", "data": str(data), "overrides": OVERRIDES}
     train(**arguments, output=tmp_path / "one")  # type: ignore[arg-type]
-    in_processes(2, {**arguments, "output": str(tmp_path / "two")})
+    in_two_processes({**arguments, "output": str(tmp_path / "two")}, monkeypatch)
     one, two = columns(tmp_path / "one"), columns(tmp_path / "two")
     assert len(one) == len(two) == STEPS + 1  # and a validation
     names = ("loss", "cls", "box", "centerness")

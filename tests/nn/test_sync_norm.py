@@ -1,12 +1,13 @@
 """Batch norm over processes against torch's batch norm on the whole batch."""
 
 import socket
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -39,25 +40,31 @@ def run(norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]  # type: ignore[list-item]
 
 
-def process(rank: int, port: int, results: Any) -> None:
+def part(rank: int, port: int) -> list[Tensor]:
+    """What one of two processes makes of its pictures."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    start = sum(PARTS[:rank])
-    rows = slice(start, start + PARTS[rank])
+    rows = slice(sum(PARTS[:rank]), sum(PARTS[: rank + 1]))
     x, grad = example()
     net = synchronize_norms(nn.Sequential(layer()))
-    results[rank] = [v.clone() for v in run(net[0], x[rows], grad[rows])]
+    found = [value.clone() for value in run(net[0], x[rows], grad[rows])]
     dist.destroy_process_group()
+    return found
 
 
-def test_two_processes_equal_one_forward_and_backward() -> None:
+def test_two_processes_equal_one_forward_and_backward(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(process, (port, results), nprocs=2)
-        a, b = results[0], results[1]
+    code = "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_sync_norm as t; "
+    code += f"torch.save(t.part(1, {port}), sys.argv[2])"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b.pt")]
+    with subprocess.Popen(command) as other:
+        try:
+            a = part(0, port)
+            assert other.wait(timeout=60) == 0
+        finally:
+            other.kill()
+    b = torch.load(tmp_path / "b.pt")
     whole = run(layer(), *example())
     for index in (0, 1):  # output, gradient of the input
         torch.testing.assert_close(torch.cat([a[index], b[index]]), whole[index], atol=2e-5, rtol=1e-5)

@@ -124,9 +124,8 @@ class Trainer:
         self.forward: Callable[..., Any] = self.net
         if distributed.is_distributed():
             synchronize_norms(net)
-            # Buffers need no broadcast: batch norm is synchronized, and what a loss keeps is a mean over processes.
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(net, device_ids=ids)
         self.optimizer = make_optimizer(net, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = Ema(net, config.ema) if config.ema is not None else None
