@@ -54,6 +54,15 @@ def test_processes_that_torchrun_started_join_and_leave(monkeypatch: pytest.Monk
     assert joined == ["gloo", "left"]
 
 
+@pytest.fixture
+def _ctrl_c_raises():
+    """Python's own handler, which a shell that starts tests in the background takes away."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_raises")
 def test_the_first_signal_is_a_wish_and_the_second_acts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:

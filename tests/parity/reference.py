@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perpixel.structures import Batch, Instances
+from perpixel.structures import Batch, Detections, Instances
 
 
 def rule_weights(record: dict[str, Any]) -> dict[str, Tensor]:
@@ -98,3 +98,20 @@ class Reference:
             targets=[truths[n] for n in names],
             image_ids=list(range(len(names))),
         )
+
+
+def assert_same_detections(reference: Reference, found: Detections, prefix: str) -> Tensor:
+    """Detections equal to recorded ones as sets: neighbors in score can change places within the noise of float32.
+
+    Returns:
+        int64 [N], the recorded row of each.
+    """
+    boxes, scores, classes = (reference.tensor(f"{prefix}_{name}") for name in ("boxes", "scores", "classes"))
+    assert len(found) == len(boxes)
+    distance = (found.boxes[:, None] - boxes[None]).abs().amax(-1)
+    distance[found.labels[:, None] != classes[None]] = 1e9
+    nearest, partner = distance.min(dim=1)
+    assert nearest.max() < 1e-2
+    assert len(partner.unique()) == len(boxes)
+    torch.testing.assert_close(found.scores, scores[partner], atol=1e-4, rtol=0)
+    return partner

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from parity.reference import Reference
+from parity.reference import Reference, assert_same_detections
 from perpixel.interop.adelaidet import load_weights
 from perpixel.ops.color import coarse_lab, edge_similarity, half_neighborhood
 from perpixel.ops.masks import aligned_upsample
 from perpixel.recipe import build
-from perpixel.structures import Batch, Instances, Outputs, Progress
+from perpixel.structures import Batch, Detections, Instances, Outputs, Progress
 
 RECIPES = {
     "condinst_MS_R_50_1x": "condinst/r50_1x",
@@ -98,7 +98,7 @@ def test_mask_features_equal_the_release(references, found, name) -> None:
 def test_detections_and_masks_equal_the_release_in_both_frames(references, found, name, prefix) -> None:
     reference, (net, outputs) = references[name], found[name]
     frame = {"det": reference.size, "detr": tuple(reference.record["detr_output_hw"])}[prefix]
-    assert_same_detections(reference, net.decode(outputs, [reference.size], [frame])[0], prefix)
+    assert_same_masks(reference, net.decode(outputs, [reference.size], [frame])[0], prefix)
 
 
 @ALL
@@ -108,8 +108,8 @@ def test_an_image_in_a_batch_gives_the_same_detections(references, found, name) 
     sizes = [reference.size] * 2
     with torch.no_grad():
         detections = net.decode(net(images, sizes), sizes)
-    assert_same_detections(reference, detections[0], "detb")
-    assert_same_detections(reference, detections[1], "det")
+    assert_same_masks(reference, detections[0], "detb")
+    assert_same_masks(reference, detections[1], "det")
 
 
 def test_a_batch_of_unlike_sizes_gives_each_image_its_masks(references, found) -> None:
@@ -119,19 +119,12 @@ def test_a_batch_of_unlike_sizes_gives_each_image_its_masks(references, found) -
         outputs = net(torch.stack([reference.image_b, reference.image]), [reference.size_b, reference.size])
     small, large = net.decode(outputs, [reference.size_b, reference.size])
     assert small.masks.shape == (len(small), *reference.size_b)
-    assert_same_detections(reference, large, "det")
+    assert_same_masks(reference, large, "det")
 
 
-def assert_same_detections(reference: Reference, found, prefix: str) -> None:
-    """Equal as sets: neighbors in score can change places within the noise of float32."""
-    boxes, scores, classes = (reference.tensor(f"{prefix}_{field}") for field in ("boxes", "scores", "classes"))
-    assert len(found) == len(boxes)
-    distance = (found.boxes[:, None] - boxes[None]).abs().amax(-1)
-    distance[found.labels[:, None] != classes[None]] = 1e9
-    nearest, partner = distance.min(dim=1)
-    assert nearest.max() < 1e-2
-    assert len(partner.unique()) == len(boxes)
-    torch.testing.assert_close(found.scores, scores[partner], atol=1e-4, rtol=0)
+def assert_same_masks(reference: Reference, found: Detections, prefix: str) -> None:
+    """Detections equal as sets, and their masks to the pixel noise of float32."""
+    partner = assert_same_detections(reference, found, prefix)
     masks = unpacked(reference, prefix)
     recorded = partner < len(masks)  # some fixtures hold the first masks only
     ours, theirs = found.masks[recorded], masks[partner[recorded]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parity.reference import Reference
+from parity.reference import Reference, assert_same_detections
 from perpixel.interop.adelaidet import load_weights
 from perpixel.recipe import build
 from perpixel.structures import Instances, Outputs, Progress
@@ -59,18 +59,6 @@ def test_an_image_padded_to_a_larger_neighbor_gives_the_same_detections(referenc
         found = net.decode(net(images, [reference.size_b, reference.size]), [reference.size_b, reference.size])
     assert_same_detections(reference, found[0], "detb")
     assert_same_detections(reference, found[1], "det")
-
-
-def assert_same_detections(reference: Reference, found, prefix: str) -> None:
-    """Equal as sets: neighbors in score can change places within the noise of float32."""
-    boxes, scores, classes = (reference.tensor(f"{prefix}_{name}") for name in ("boxes", "scores", "classes"))
-    assert len(found) == len(boxes)
-    distance = (found.boxes[:, None] - boxes[None]).abs().amax(-1)
-    distance[found.labels[:, None] != classes[None]] = 1e9
-    nearest, partner = distance.min(dim=1)
-    assert nearest.max() < 1e-2
-    assert len(partner.unique()) == len(boxes)
-    torch.testing.assert_close(found.scores, scores[partner], atol=1e-4, rtol=0)
 
 
 VARIANTS = {
