@@ -26,7 +26,7 @@ check: lint types test
 
 $(INSTALLED): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[lite,plots,test,dev]"
+	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[lite,test,dev]"
 	touch $@
 
 clean:
