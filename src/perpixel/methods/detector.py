@@ -352,12 +352,14 @@ class Detector(nn.Module):
         results = []
         for survivors, size, output_size in zip(self.survivors(outputs), inner, outer, strict=True):
             boxes = rescale_boxes(survivors.boxes, size, output_size)
-            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            keep = _has_area(boxes)
             left = survivors.select(keep)
             fields: dict[str, Any] = {"boxes": boxes[keep]}
             for branch in self.tasks:
                 fields.update(branch.decode(outputs, left, Frame(size, output_size, compact)))
-            results.append(Detections(size=output_size, scores=left.scores, labels=left.labels, **fields))
+            found = Detections(size=output_size, scores=left.scores, labels=left.labels, **fields)
+            # Boxes that only decoding tells (of masks, say) may turn out empty now.
+            results.append(found if self.box_source is not None else found[_has_area(found.boxes)])
         return results
 
     def survivors(self, outputs: Outputs) -> list[Survivors]:
@@ -430,6 +432,10 @@ SCORE_QUALITY: dict[str, Callable[[Outputs, Tensor, Tensor], Tensor | None]] = {
     "from_box": lambda outputs, image, location: centerness_of(outputs.ltrb[image, location]),  # type: ignore[index]
     "none": lambda outputs, image, location: None,
 }
+
+
+def _has_area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
 def _as_sizes(sizes: Sequence[Size] | Tensor) -> list[Size]:
