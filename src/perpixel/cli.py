@@ -211,7 +211,7 @@ def convert(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Training time.")] = 6.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training time.")] = 7.0,
     pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures to score on.")] = 300,
 ) -> None:
     """Train on a synthetic set, score it on held-out pictures, and draw what is found."""

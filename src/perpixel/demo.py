@@ -21,10 +21,11 @@ SETTINGS = (
 )  # fmt: skip
 TRAIN_PICTURES = 600
 DRAWN = 6  # held-out pictures on the sheet
+THRESHOLD = 0.5  # score of what is drawn
 
 
 def demo(
-    out: str | Path, *, minutes: float = 6.0, pictures: int = 300, say: Callable[[str], None] = print
+    out: str | Path, *, minutes: float = 7.0, pictures: int = 300, say: Callable[[str], None] = print
 ) -> dict[str, float]:
     """Trains `fcos/lite0` on a synthetic set and shows how good it became.
 
@@ -55,11 +56,11 @@ def draw_side_by_side(predictor: Predictor, path: Path) -> Path:
     for index in range(min(DRAWN, len(dataset))):
         sample = dataset[index]
         truth = draw_sample(sample, dataset.categories)
-        found = predictor(sample.image).draw(sample.image)
+        found = predictor(sample.image, threshold=THRESHOLD).draw(sample.image)
         pair = Image.new("RGB", (2 * truth.width, truth.height))
         pair.paste(truth, (0, 0))
         pair.paste(found, (truth.width, 0))
         pairs.append(pair)
     with replacing(path) as file:
-        contact_sheet(pairs, cell=960, columns=2).save(file, format="PNG")
+        contact_sheet(pairs, cell=770, columns=2).save(file, format="PNG")
     return path

@@ -51,7 +51,7 @@ FREE_ON_RESUME = frozenset(
     | {f"train.{k}" for k in ("device", "profile", "tensorboard", "accumulate")}
 )
 EVAL_BATCH = 8  # pictures, on a GPU
-SAMPLE_COUNT, SAMPLE_HEIGHT, SAMPLE_THRESHOLD = 6, 320, 0.3  # pictures, px, score: of samples.png
+SAMPLE_COUNT, SAMPLE_HEIGHT, SAMPLE_THRESHOLD = 6, 320, 0.5  # pictures, px, score: of samples.png
 
 
 def train(

@@ -94,7 +94,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     torch.save({"model": Bomb()}, tmp_path / "worse.pth")
     for name in ("bad.pth", "worse.pth"):
         with pytest.raises(
-            CheckpointError, match=rf"{name}: cannot be read as plain tensors.*would run code is refused"
+            CheckpointError, match=rf"{name}: cannot be read as plain tensors.*would run code, which is refused"
         ):
             load_weights_file(tmp_path / name)
     assert not (tmp_path / "exploded").exists()

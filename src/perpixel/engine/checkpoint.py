@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -213,12 +214,12 @@ def load_weights_file(path: str | Path) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a broken or hostile file provokes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with warnings.catch_warnings(action="ignore"):  # torch remarks on old pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a broken or hostile file provokes; its texts mislead
         raise CheckpointError(
-            f"{path}: cannot be read as plain tensors ({reason}); a pickle that would run code is refused: "
-            "use safetensors, or a file that holds a state dict alone"
+            f"{path}: cannot be read as plain tensors ({type(error).__name__}): it is broken, or a pickle that would "
+            "run code, which is refused; use safetensors, or a file that holds a state dict alone"
         ) from error
 
 

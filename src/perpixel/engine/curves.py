@@ -37,8 +37,9 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
         return
     picture = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
     pen = ImageDraw.Draw(picture)
+    last = max(row["step"] for row in rows)
     for index, panel in enumerate(panels):
-        _draw_panel(pen, panel, index * HEIGHT)
+        _draw_panel(pen, panel, index * HEIGHT, last)
     with replacing(path) as file:
         picture.save(file, format="PNG")
 
@@ -55,11 +56,11 @@ def _panels(rows: list[dict[str, float]]) -> list[Panel]:
     return [Panel("losses (training)", losses), Panel("scores (validation)", scores), Panel("learning rate", rate)]
 
 
-def _draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, y: int) -> None:
-    steps = [step for points in panel.lines.values() for step, _ in points]
+def _draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, y: int, last: float) -> None:
+    """One chart below the height `y`, px; all charts run from step 0 to `last`, so that they can be compared."""
     values = [value for points in panel.lines.values() for _, value in points]
     ticks = nice_ticks(min(0.0, *values), max(values))
-    low, high, first, last = ticks[0], ticks[-1], min(steps), max(steps)
+    low, high, first = ticks[0], ticks[-1], 0.0
     x0, x1, y0, y1 = LEFT, WIDTH - RIGHT, y + TOP, y + HEIGHT - BOTTOM
     font = ImageFont.load_default(13)
 
