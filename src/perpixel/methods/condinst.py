@@ -28,8 +28,8 @@ from perpixel.distributed import mean_over_ranks
 from perpixel.locations import flatten, make_grid
 from perpixel.methods.detector import Candidates, DecodeConfig, Features, Frame, Logs, Survivors, Targets
 from perpixel.methods.semantic import class_logits, semantic_loss
-from perpixel.nn.heads import Tower, init_conv
-from perpixel.nn.layers import NORMS, SparselyTaughtConv2d
+from perpixel.nn.heads import Tower, prediction
+from perpixel.nn.layers import NORMS
 from perpixel.ops.boxes import rescale_boxes
 from perpixel.ops.dynamic import MaskHead
 from perpixel.ops.losses import dice_loss
@@ -240,10 +240,8 @@ class MaskBranch(nn.Module):
         )
         self.features = MaskFeatures(channels, config) if reads_features else None
         self.tower = Tower(channels, config.controller_convs, "gn", len(strides))
-        for layer in self.tower:
-            init_conv(layer.conv)  # type: ignore[arg-type]
         self.reads = "pyramid" if config.controller_convs else "box_tower"
-        self.controller = init_conv(SparselyTaughtConv2d(channels, self.shape.size))
+        self.controller = prediction(channels, self.shape.size)
         width = config.branch_channels
         blocks = [_conv(channels, width, config.norm), _conv(width, width, config.norm)]
         self.semantic = nn.Sequential(*blocks, class_logits(width, num_classes)) if config.semantic else None

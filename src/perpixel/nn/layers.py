@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchvision.ops import FrozenBatchNorm2d
 
 GROUPS = 32  # of group normalisation
@@ -80,46 +78,6 @@ class FrozenNormConv2d(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 return self.conv._conv_forward(x.float(), weight.float(), shift.float()).to(x.dtype)
         return self.conv._conv_forward(x, weight, shift)
-
-
-class SparselyTaughtConv2d(nn.Conv2d):
-    """A 3x3 convolution of stride 1 that few locations learn from.
-
-    On CPUs, the backward pass looks at the locations with a gradient alone: a hundred positives among ten thousand
-    locations then cost next to nothing, where a dense backward pass costs twice the forward pass.
-    """
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__(channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return _SparselyTaughtConv.apply(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-class _SparselyTaughtConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        image, row, column = grad.any(dim=1).nonzero(as_tuple=True)  # [P] each
-        grad = grad.permute(0, 2, 3, 1)[image, row, column].float()  # [P, out]
-        near = torch.arange(3)
-        # Places of the 9 inputs of each location, on maps with a rim of one cell.
-        places = (image[:, None, None], row[:, None, None] + near[:, None], column[:, None, None] + near)
-        rimmed = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        patches = rimmed[places].flatten(1).float()  # [P, 9 in]
-        flat = weight.permute(0, 2, 3, 1)  # [out, 3, 3, in]
-        grad_weight = (grad.T @ patches).view(flat.shape).permute(0, 3, 1, 2)
-        grad_patches = (grad @ flat.flatten(1).float()).view(-1, 3, 3, flat.shape[3])
-        grad_x = torch.zeros(rimmed.shape).index_put_(places, grad_patches, accumulate=True)[:, 1:-1, 1:-1]
-        return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_weight.to(weight.dtype), grad.sum(0).to(weight.dtype)
 
 
 def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
