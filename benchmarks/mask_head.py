@@ -69,9 +69,7 @@ def grouped_logits(theta: Tensor, features: Tensor, origin: Tensor, scale: Tenso
 
 
 def factored_logits(theta: Tensor, features: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
-    planes, size = HEAD.planes(features, POINTS), HEAD.chunk(len(POINTS), features.device)
-    parts = zip(theta.split(size), origin.split(size), scale.split(size), strict=True)
-    return torch.cat([HEAD.logits(t, planes, o, s) for t, o, s in parts]).view(-1, *MAP)
+    return HEAD.many_logits(theta, HEAD.planes(features, POINTS), origin, scale).view(-1, *MAP)
 
 
 def instances(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

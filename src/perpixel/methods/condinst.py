@@ -344,9 +344,7 @@ class MaskBranch(nn.Module):
         """Mask logits float32 [S, h, w] at stride 8 of chosen locations int64 [S] of an image."""
         theta = outputs.controller[image, location]  # type: ignore[index]
         planes, origin, scale = self._inputs(outputs, self._images(outputs)[image], location)
-        size = self.shape.chunk(planes.shape[1], planes.device)
-        parts = zip(theta.split(size), origin.split(size), scale.split(size), strict=True)
-        return torch.cat([self.shape.logits(t, planes, o, s) for t, o, s in parts]).view(-1, *outputs.shapes[0])
+        return self.shape.many_logits(theta, planes, origin, scale).view(-1, *outputs.shapes[0])
 
     def masks_at(
         self, outputs: Outputs, image: int, location: Tensor, size: Size, output_size: Size | None = None

@@ -83,16 +83,35 @@ class MaskHead:
             scale: [N, 2], px.
         """
         with torch.autocast(theta.device.type, enabled=False):
-            (weight, bias), *rest = self.split(theta.float())
-            if self.coordinates:
-                by_pixel = weight[:, :, :2] / scale[:, None]  # [N, out, 2]
-                bias = bias + (by_pixel @ origin[:, :, None])[..., 0]
-                weight = torch.cat([-by_pixel, weight[:, :, 2:]], dim=2)
-            first = torch.cat([weight, bias[..., None]], dim=2)  # [N, out, K]
-            x = (first.flatten(0, 1) @ planes).view(*first.shape[:2], planes.shape[1])
-            for weight, bias in rest:
-                x = torch.baddbmm(bias[..., None], weight, x.relu_())
-            return x[:, 0]
+            return self._run(self._fold(theta.float(), origin, scale), planes)
+
+    def many_logits(self, theta: Tensor, planes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
+        """The same for any number of instances, some of them at a time."""
+        size = self.chunk(planes.shape[1], planes.device)
+        with torch.autocast(theta.device.type, enabled=False):
+            layers = self._fold(theta.float(), origin, scale)
+            parts = [
+                self._run([(w[i : i + size], b[i : i + size]) for w, b in layers], planes)
+                for i in range(0, max(len(theta), 1), size)
+            ]
+            return torch.cat(parts)
+
+    def _fold(self, theta: Tensor, origin: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of all layers, the first one's for `planes` (which hold its bias's ones, too)."""
+        (weight, bias), *rest = self.split(theta)
+        if self.coordinates:
+            by_pixel = weight[:, :, :2] / scale[:, None]  # [N, out, 2]
+            bias = bias + (by_pixel @ origin[:, :, None])[..., 0]
+            weight = torch.cat([-by_pixel, weight[:, :, 2:]], dim=2)
+        first = torch.cat([weight, bias[..., None]], dim=2)  # [N, out, K]
+        return [(first, bias), *((w, b[..., None]) for w, b in rest)]
+
+    def _run(self, layers: list[tuple[Tensor, Tensor]], planes: Tensor) -> Tensor:
+        (first, _), *rest = layers
+        x = (first.flatten(0, 1) @ planes).view(*first.shape[:2], planes.shape[1])
+        for weight, bias in rest:
+            x = torch.baddbmm(bias, weight, x.relu_())
+        return x[:, 0]
 
     def chunk(self, cells: int, device: torch.device) -> int:
         """How many instances to compute at a time on a map of so many cells."""

@@ -6,6 +6,8 @@ linear interpolation along one axis at a time, so it is written as the weights t
 
 from __future__ import annotations
 
+import math
+import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -101,10 +103,18 @@ def masks_in_frame(logits: Tensor, factor: int, size: Size, output_size: Size, b
         output_size: (H, W) of the frame of the result.
         boxes: [N, 4] xyxy in that frame; masks are cut to them. None: they are not.
     """
-    masks = torch.zeros((len(logits), *output_size), dtype=torch.bool, device=logits.device)
+    masks = _no_pixels((len(logits), *output_size), logits.device)
     for window in _windows(logits.detach(), factor, size, output_size, boxes):
         window.draw(masks[window.mask, window.rows.pixels, window.columns.pixels])
     return masks
+
+
+def _no_pixels(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """bool zeros. On CPUs a fresh mapping, which the system fills with zeros page by page where one is written to;
+    `torch.zeros` writes all of it, and for full-size masks that takes longer than all the rest."""
+    if device.type == "cpu" and math.prod(shape) > 0:
+        return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.bool).view(shape)
+    return torch.zeros(shape, dtype=torch.bool, device=device)
 
 
 def rles_in_frame(
@@ -161,8 +171,8 @@ def _windows(logits: Tensor, factor: int, size: Size, output_size: Size, boxes: 
     height, width = logits.shape[1:]
     vertical = _Axis(height, factor, size[0], output_size[0], logits.device)
     horizontal = _Axis(width, factor, size[1], output_size[1], logits.device)
-    positive = logits > 0  # probabilities are averages of sigmoids of averages of logits: over 1/2 only near these
-    (top, bottom), (left, right) = _extent(positive.any(dim=2)), _extent(positive.any(dim=1))
+    # Probabilities are averages of sigmoids of averages of logits: over 1/2 only near positive ones.
+    (top, bottom), (left, right) = _extent(logits.amax(dim=2) > 0), _extent(logits.amax(dim=1) > 0)
     spans = torch.stack([top, bottom, left, right], dim=1).tolist()  # the one wait for the device
     limits = [(0, 0, *reversed(output_size))] * len(spans) if boxes is None else _whole_pixels(boxes)
     for index, ((top, bottom, left, right), (x0, y0, x1, y1)) in enumerate(zip(spans, limits, strict=True)):
